@@ -1,0 +1,1 @@
+"""Pure tensor functions on stacks of matrices `[..., m, n]`: the mathematics that the optimizers share."""

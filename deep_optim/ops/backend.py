@@ -1,0 +1,51 @@
+"""Which implementation an op runs: the plain-torch reference, or Triton."""
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "triton"]
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # a broken Triton install must be heard, not hidden
+        raise
+    triton = tl = None
+
+HAS_TRITON = triton is not None
+
+__all__ = ["HAS_TRITON", "Backend", "tl", "triton", "use_triton"]
+
+
+def use_triton(backend: Backend, *tensors: Tensor) -> bool:
+    """Return whether to take the Triton path.
+
+    "auto" takes it for float32 CUDA tensors that need no gradient; an explicit request never falls back in silence.
+
+    Args:
+        backend: "auto", "reference" or "triton".
+        tensors: what the op reads; all of them must be on the GPU for "auto" to take Triton.
+
+    Raises:
+        ValueError: for an unknown backend.
+        RuntimeError: if "triton" was asked for where Triton cannot run, or where a gradient is needed.
+    """
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"Invalid backend: {backend!r}, expected 'auto', 'reference' or 'triton'")
+    on_cuda = all(tensor.is_cuda for tensor in tensors)
+    in_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if backend == "auto":
+        return HAS_TRITON and on_cuda and in_float32 and not needs_grad
+    if backend == "triton":
+        if needs_grad:
+            raise RuntimeError("backend='triton' has no backward; use backend='reference' where gradients are needed")
+        if not (HAS_TRITON and in_float32 and (on_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+            raise RuntimeError(
+                f"backend='triton' needs Triton and float32 CUDA tensors; {HAS_TRITON=}, {on_cuda=}, {in_float32=}"
+            )
+    return backend == "triton"

@@ -1,0 +1,53 @@
+"""Feature maps φ: what a memory is written with in place of the raw gradient.
+
+    identity    φ(G) = G
+    soft_rows   φ(G) ∝ g_i / (‖g_i‖ + 0.3 · RMS of the ‖g_i‖)     per row i (column, if the matrix is wide)
+    tanh        φ(G) = s · tanh(G / s),   s = RMS of G's entries
+    sign        φ(G) = s · sign(G)
+
+Nested Learning, arXiv:2512.24695, Eq. 51, which leaves φ open. Each map here is scale-free, φ(c G) = c φ(G) for
+c > 0, so that the loss scale does not matter; "soft_rows" also keeps the Frobenius norm. It treats the gradient's
+longer side as tokens and brings them to nearly equal length, while rows that are almost zero stay small: a hard
+normalisation would blow their noise up.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+FeatureMap = Literal["identity", "soft_rows", "tanh", "sign"]
+
+_SOFTNESS = 0.3  # chosen on a byte-level language model; 0 is the hard normalisation, and is worse
+
+
+def feature_map(gradient: Tensor, name: FeatureMap) -> Tensor:
+    """Return φ(`gradient`), of the same shape `[..., m, n]`; zero stays zero. One or two elementwise passes.
+
+    Args:
+        gradient: any stack of matrices.
+        name: "identity", "soft_rows", "tanh" or "sign".
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "identity":
+        return gradient
+    if name == "soft_rows":
+        return _soft_rows(gradient)
+    if name not in get_args(FeatureMap):
+        raise ValueError(f"Invalid feature_map: {name!r}, expected one of {get_args(FeatureMap)}")
+    scale = gradient.square().mean((-2, -1), keepdim=True).sqrt()  # [..., 1, 1]
+    if name == "tanh":
+        return scale * torch.tanh(gradient / scale.clamp(min=torch.finfo(scale.dtype).tiny))
+    return scale * gradient.sign()
+
+
+def _soft_rows(gradient: Tensor) -> Tensor:
+    tiny = torch.finfo(gradient.dtype).tiny
+    token = -1 if gradient.shape[-2] >= gradient.shape[-1] else -2  # the dimension a token's entries lie along
+    norm = torch.linalg.matrix_norm(gradient, keepdim=True)  # [..., 1, 1]
+    length = torch.linalg.vector_norm(gradient, dim=token, keepdim=True)  # [..., m, 1] or [..., 1, n]
+    tokens = max(gradient.shape[-2:])
+    key = gradient / (length + _SOFTNESS * norm / tokens**0.5).clamp(min=tiny)
+    return key * (norm / torch.linalg.matrix_norm(key, keepdim=True).clamp(min=tiny))

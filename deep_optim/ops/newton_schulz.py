@@ -1,0 +1,100 @@
+"""Newton-Schulz: the nearest semi-orthogonal matrix, by matrix products alone.
+
+    X   ← M / ‖M‖_F                                    singular values in [0, 1]
+    X   ← a X + (b A + c A²) X,   A = X Xᵀ             `steps` times: σ ← a σ + b σ³ + c σ⁵
+
+It drives every singular value towards 1 and leaves the singular vectors alone: M = U S Vᵀ becomes about U Vᵀ.
+Nested Learning, arXiv:2512.24695, Eq. 42, where it is the output map of a momentum memory (= Muon). It does not
+compute U Vᵀ exactly: with Muon's coefficients the singular values end between about 0.7 and 1.2, which costs
+nothing in training. The paper's cubic step (Eq. 44) needs more than ten iterations to get as far as five of these.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Coefficients = Literal["muon", "polar_express"]
+
+# Keller Jordan, Muon (2024): steepest slope at zero, the same polynomial at every step.
+_MUON = (3.4445, -4.7750, 2.0315)
+
+# Amsel, Persson, Musco and Gower, The Polar Express (arXiv:2505.16932), Algorithm 1: the minimax polynomial of each
+# step for singular values in [1e-3, 1]. All but the last are damped by 1.01, as there, against rounding in bfloat16.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+_DAMPING = 1.01
+
+# AVX512-BF16 and AMX multiply bfloat16 natively, at about twice the rate of float32; elsewhere it is emulated.
+_CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def newton_schulz(
+    matrix: Tensor,  # [..., m, n]
+    *,
+    steps: int = 5,
+    coefficients: Coefficients = "muon",
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # [..., m, n], the dtype of `matrix`
+    """Return the nearest semi-orthogonal matrix, approximately; see the module docstring for the iteration.
+
+    Exactly scale-free in powers of two; an all-zero matrix gives zero; a NaN or an infinity gives NaN.
+    Costs `steps · (4 m² n + 2 m³)` FLOPs for m ≤ n (a tall matrix is read as its transpose, without a copy) and
+    three matrices of working memory.
+
+    Args:
+        matrix: any stack of matrices, tall or wide.
+        steps: iterations; 5 is Muon's choice.
+        coefficients: "muon" (one polynomial, fast and loose) or "polar_express" (the best polynomial of each step,
+            which converges: take 8 steps for singular values within 1e-3 of 1).
+        dtype: working precision; by default bfloat16 where the matrix units have it, else float32 (float64 for
+            float64 matrices).
+
+    Raises:
+        ValueError: for an unknown set of coefficients, fewer than 1 step, or a tensor that is no matrix.
+    """
+    if matrix.ndim < 2:
+        raise ValueError(f"newton_schulz takes matrices [..., m, n], got a tensor of shape {tuple(matrix.shape)}")
+    polynomials = _polynomials(coefficients, steps)
+    if matrix.numel() == 0:
+        return matrix.clone()
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = _unit_norm(matrix).to(dtype or working_dtype(matrix))
+    x = (x.mT if tall else x).reshape(-1, *sorted(matrix.shape[-2:]))  # [B, m, n], m ≤ n
+    for a, b, c in polynomials:
+        gram = x @ x.mT  # [B, m, m]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a X + (b A + c A²) X
+    return (x.mT if tall else x).reshape(matrix.shape).to(matrix.dtype)
+
+
+def working_dtype(matrix: Tensor) -> torch.dtype:
+    """Return the precision in which `newton_schulz` works by default: bfloat16 where it is the faster one."""
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    return torch.float32 if matrix.is_cpu and not _CPU_HAS_BFLOAT16 else torch.bfloat16
+
+
+def _polynomials(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
+    if steps < 1:
+        raise ValueError(f"Invalid ns_steps value: {steps}")
+    if coefficients == "muon":
+        return [_MUON] * steps
+    if coefficients == "polar_express":
+        damped = [(a / _DAMPING, b / _DAMPING**3, c / _DAMPING**5) for a, b, c in _POLAR_EXPRESS[:-1]]
+        return [*damped[:steps], *[_POLAR_EXPRESS[-1]] * (steps - len(damped))]
+    raise ValueError(f"Invalid ns_coefficients: {coefficients!r}, expected one of {get_args(Coefficients)}")
+
+
+def _unit_norm(matrix: Tensor) -> Tensor:
+    """M / ‖M‖_F in two divisions, so that neither huge nor tiny entries are squared."""
+    tiny = torch.finfo(matrix.dtype).tiny
+    matrix = matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
+    return matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=tiny)

@@ -1,0 +1,1 @@
+"""One optimizer per file; each is a memory of gradients, trained by an inner objective."""

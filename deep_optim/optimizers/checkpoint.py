@@ -1,0 +1,85 @@
+"""Checkpoints that come back as they were saved.
+
+`torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's dtype, which destroys the float32
+memory of a bfloat16 parameter, and hands out the given tensors themselves, so that two optimizers loaded from one
+dict share their state. Here state keeps its dtype, is copied, and is checked before anything is replaced.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+
+
+class ExactStateMixin(Optimizer):
+    """Loads state bit for bit, or raises ValueError and leaves the optimizer as it was."""
+
+    def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter that has seen no gradient."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # from before an option existed
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict()` returned. Hooks see what they would see with any torch optimizer.
+
+        Raises:
+            ValueError: if the groups do not match, or a state does not fit its parameter and this algorithm.
+        """
+        loaded: StateDict = {}
+
+        def check(optimizer: Optimizer, state_dict: StateDict) -> None:  # after the user's hooks
+            loaded.update(state_dict)
+            for param, group, saved in self._pairs(loaded):
+                self._check_state(param, {**self.defaults, **group}, saved)
+
+        def restore(optimizer: Optimizer) -> None:  # before the user's hooks
+            for param, group, saved in self._pairs(loaded):
+                expected = self.new_state(param.to("meta"), {**self.defaults, **group})
+                for name, value in saved.items():
+                    on_host = name in expected and expected[name].is_cpu
+                    self.state[param][name] = _restored(value, torch.device("cpu") if on_host else param.device)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _pairs(self, state_dict: StateDict) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+        """Each parameter with its saved group and its saved state, where there is one."""
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for param, index in zip(group["params"], saved_group["params"], strict=False):
+                if state_dict["state"].get(index):
+                    yield param, saved_group, state_dict["state"][index]
+
+    def _check_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        expected = self.new_state(param.to("meta"), group)
+        if missing := expected.keys() - saved.keys():
+            raise ValueError(
+                f"loaded state dict has no {', '.join(sorted(missing))} for a parameter of size {tuple(param.size())}; "
+                f"it holds {', '.join(sorted(saved))} and may be another optimizer's than {type(self).__name__}'s"
+            )
+        for name, fresh in expected.items():
+            value = saved[name]
+            if isinstance(value, Tensor) and value.shape != fresh.shape:
+                raise ValueError(
+                    f"loaded state dict has {name} of size {tuple(value.size())} for a parameter of size "
+                    f"{tuple(param.size())}, expected {tuple(fresh.size())}"
+                )
+
+
+def _restored(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    return torch.tensor(float(value), device=device)  # `step` was a number before torch 1.12

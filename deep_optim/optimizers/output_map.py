@@ -1,0 +1,57 @@
+"""Output maps σ: what becomes of a memory's answer before it moves the weights.
+
+    identity         σ(D) = D                                             SGD's scale of lr
+    adam             σ(D) = (1 − β) / (1 − β^t) · D / (√v̂ + ε)            AdamW's scale; v̂ of what was written
+    newton_schulz    σ(D) = 0.2 √max(m, n) · NS(D)                        AdamW's scale (an update of RMS 0.2)
+
+Nested Learning, arXiv:2512.24695, Eq. 52, where Newton-Schulz over a linear memory is Muon. The factor of "adam"
+turns the memory's plain sum into the bias-corrected average that Adam divides, so that a plain momentum with this
+map is AdamW. The factor of "newton_schulz" is Moonlight's (arXiv:2502.16982): AdamW's lr and weight decay carry over.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deep_optim.ops.newton_schulz import newton_schulz
+
+OutputMap = Literal["identity", "adam", "newton_schulz"]
+
+_ADAMW_RMS = 0.2  # of an AdamW update, in units of lr; Moonlight, arXiv:2502.16982, section 2.2
+
+
+def init_output_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what the map keeps per parameter: nothing, or Adam's second moment."""
+    if group["output"] != "adam":
+        return {}
+    return {"exp_avg_sq": torch.zeros_like(param), "step": torch.zeros(())}
+
+
+def apply_output(
+    direction: Tensor,  # [B, m, n]
+    written: Tensor,  # [B, m, n]
+    state: dict[str, Tensor],
+    group: Mapping[str, Any],
+) -> Tensor:  # [B, m, n]
+    """Return σ(`direction`); "adam" takes `written` into its second moment first."""
+    if group["output"] == "newton_schulz":
+        unit = newton_schulz(direction, steps=group["ns_steps"], coefficients=group["ns_coefficients"])
+        return unit * (_ADAMW_RMS * max(direction.shape[-2:]) ** 0.5)
+    if group["output"] == "adam":
+        momentum, (_, beta2) = group["momentum"], group["adamw_betas"]
+        state["exp_avg_sq"] = state["exp_avg_sq"].lerp(written.square(), 1 - beta2)
+        step = state["step"].to(direction)  # [B, 1, 1]
+        average = (1 - momentum) / weight_seen(momentum, step + group["nesterov"]) * direction
+        return average / ((state["exp_avg_sq"] / weight_seen(beta2, step)).sqrt() + group["adamw_eps"])
+    return direction
+
+
+def weight_seen(beta: float, step: Tensor) -> Tensor:
+    """Return 1 − β^t, the weight of what t steps have added to an average that started at zero.
+
+    By expm1, since the difference loses all but a few digits in float32 when β is near 1.
+    """
+    return -torch.expm1(step * math.log(beta)) if beta > 0 else torch.ones_like(step)

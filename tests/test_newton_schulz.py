@@ -1,0 +1,117 @@
+"""Newton-Schulz against the singular value decomposition."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deep_optim.ops.newton_schulz import newton_schulz, working_dtype
+
+SHAPES = [(8, 8), (3, 17), (17, 3), (1, 9), (9, 1), (1, 1), (2, 3, 20, 7), (4, 6, 30)]
+
+
+def make(shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_keeps_the_singular_vectors_and_maps_the_values(shape):
+    """One polynomial of each singular value, computed here on the values of an SVD."""
+    matrix = make(shape)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(newton_schulz(matrix), (u * s[..., None, :]) @ vh)
+
+
+def test_singular_values_of_a_gaussian_matrix_end_near_one():
+    """The spread that Muon lives with, after five steps on a wide matrix."""
+    values = torch.linalg.svdvals(newton_schulz(make((64, 256))))
+    assert 0.65 < values.min() and values.max() < 1.25
+
+
+def test_polar_express_converges_where_muon_does_not():
+    """Singular values in [1e-3, 1], the interval its polynomials are made for."""
+    q, r = (torch.linalg.qr(make((12, 12), seed=seed)).Q for seed in (1, 2))
+    matrix = q @ torch.diag(torch.logspace(-3, 0, 12, dtype=torch.float64)) @ r
+    torch.testing.assert_close(newton_schulz(matrix, steps=9, coefficients="polar_express"), q @ r, rtol=0, atol=1e-6)
+    assert (torch.linalg.svdvals(newton_schulz(matrix, steps=9)) - 1).abs().max() > 0.1
+
+
+def test_the_papers_cubic_step_is_its_gradient_step_at_the_start():
+    """Eq. 44 at O = G with step 1/4 is 1.5 O − 0.5 O Oᵀ O: one step of gradient descent on ‖OᵀO − I‖² / 2."""
+    start = make((6, 4)) / 10
+    o = start.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(0.5 * (o.mT @ o - torch.eye(4, dtype=o.dtype)).square().sum(), o)
+    torch.testing.assert_close(start - 0.25 * grad, 1.5 * start - 0.5 * start @ start.mT @ start)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_transposition_commutes(shape):
+    matrix = make(shape)
+    torch.testing.assert_close(newton_schulz(matrix.mT), newton_schulz(matrix).mT)
+
+
+def test_a_stack_is_its_matrices():
+    stack = make((3, 2, 5, 9))
+    for i in range(3):
+        for j in range(2):
+            torch.testing.assert_close(newton_schulz(stack)[i, j], newton_schulz(stack[i, j]))
+
+
+@given(st.integers(-60, 60), st.sampled_from([torch.float32, torch.float64]))
+def test_is_scale_free(exponent, dtype):
+    matrix = make((5, 8), dtype)
+    assert torch.equal(newton_schulz(matrix * 2.0**exponent), newton_schulz(matrix))
+
+
+def test_zero_gives_zero_and_leaves_its_neighbour_alone():
+    stack = make((2, 4, 6))
+    stack[0] = 0
+    out = newton_schulz(stack)
+    assert torch.equal(out[0], torch.zeros(4, 6, dtype=out.dtype))
+    torch.testing.assert_close(out[1], newton_schulz(stack[1]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_none_shows(bad):
+    matrix = make((4, 6))
+    matrix[1, 2] = bad
+    assert newton_schulz(matrix).isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 5)], ids=str)
+def test_empty(shape):
+    assert newton_schulz(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_result_has_the_dtype_of_the_matrix(dtype):
+    out = newton_schulz(make((8, 6)).to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), newton_schulz(make((8, 6))), rtol=0, atol=0.05)  # bfloat16 keeps 8 bits
+
+
+def test_working_precision_can_be_chosen():
+    """float32 is exact to float32; bfloat16 is not, so that the choice is seen to have an effect."""
+    matrix = make((16, 24))
+    exact, single, half = (newton_schulz(matrix, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16))
+    assert (single - exact).abs().max() < 1e-5 < (half - exact).abs().max()
+    assert working_dtype(matrix) == torch.float64
+
+
+def test_the_matrix_is_not_written():
+    matrix = make((5, 5), torch.float32)
+    before = matrix.clone()
+    newton_schulz(matrix)
+    assert torch.equal(matrix, before)
+
+
+def test_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="matrices"):
+        newton_schulz(torch.zeros(3))
+    with pytest.raises(ValueError, match="ns_steps value: 0"):
+        newton_schulz(torch.zeros(3, 3), steps=0)
+    with pytest.raises(ValueError, match="ns_coefficients: 'cubic'"):
+        newton_schulz(torch.zeros(3, 3), coefficients="cubic")
