@@ -16,11 +16,13 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "coverage_check",
+    "equations",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"deep_optim {release}"
 
+highlight_language = "text"
 default_role = "literal"  # docstrings mark code with single backticks
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from deep_optim.ops.backend import HAS_TRITON, use_triton
 from deep_optim.ops.delta_rule import delta_rule
@@ -66,6 +67,14 @@ def test_triton_takes_any_strides(triton_device):
 def test_triton_takes_an_empty_stack(triton_device):
     memory, key, _ = make((0, 4, 3, 5), torch.float32, triton_device)
     assert delta_rule(memory, key, None, backend="triton").shape == (0, 4, 5)
+
+
+@pytest.mark.parametrize("m, n, d", [(8, 8, 32), (32, 32, 8), (16, 4, 16), (8, 40, 8)])
+def test_takes_the_cheaper_association(m, n, d):
+    memory, key, _ = make((m, n, d))
+    with FlopCounterMode(display=False) as counter:
+        delta_rule(memory, key, None, backend="reference")
+    assert counter.get_total_flops() == min(4 * m * n * d, 2 * d * d * (m + n))
 
 
 def test_auto_takes_the_reference_on_the_cpu_and_where_gradients_are_needed():

@@ -32,8 +32,9 @@ def test_zero_stays_zero_and_nan_shows(name):
     assert feature_map(gradient, name).isnan().any()
 
 
-def test_soft_rows_keep_the_norm_and_every_direction():
-    gradient = make(12, 5) * torch.logspace(-1, 1, 12, dtype=torch.float64)[:, None]
+@pytest.mark.parametrize("columns", [5, 12], ids=["tall", "square"])
+def test_soft_rows_keep_the_norm_and_every_direction(columns):
+    gradient = make(12, columns) * torch.logspace(-1, 1, 12, dtype=torch.float64)[:, None]
     out = feature_map(gradient, "soft_rows")
     torch.testing.assert_close(out.norm(), gradient.norm())
     torch.testing.assert_close(out / out.norm(dim=1, keepdim=True), gradient / gradient.norm(dim=1, keepdim=True))

@@ -21,6 +21,15 @@ def test_matches_the_eigenvalue_decomposition(m, rank, eps):
     torch.testing.assert_close(inverse_sqrt(matrix, eps=eps), expected, rtol=1e-6, atol=1e-6 * expected.abs().max())
 
 
+@pytest.mark.parametrize("m, rank", [(32, 1), (128, 1), (256, 1), (256, 4), (256, 64)])
+def test_low_rank_in_float32_stays_finite(m, rank):
+    """Rounding leaves such a Gram with negative eigenvalues; what is well above the ridge is inverted all the same."""
+    factor = torch.linalg.qr(torch.randn(m, rank, generator=torch.Generator().manual_seed(0))).Q
+    root = inverse_sqrt(factor @ factor.mT)
+    assert root.isfinite().all()
+    torch.testing.assert_close(root @ factor, factor, rtol=0, atol=1e-3)
+
+
 def test_float32_is_good_enough_to_precondition():
     """L^(−½) L L^(−½) is the identity on what is well above the ridge."""
     matrix = gram(20, 60)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deep_optim import Momentum
+from deep_optim import DeltaMomentum, Momentum, PreconditionedMomentum
 from deep_optim.ops.feature_map import feature_map as phi
 from problem import make_params, train, trained
 
@@ -41,12 +41,10 @@ def test_newton_schulz_is_torch_muon_within_its_bfloat16(nesterov):
 
 def test_newton_schulz_update_has_the_rms_of_adamw():
     """Orthogonal gradient, no decay: 0.2 √max(m, n) U Vᵀ has RMS 0.2 in units of lr, whatever the shape."""
-    for shape in [(30, 30), (10, 90), (90, 10)]:
-        (param,) = make_params([shape], torch.float64)
-        before = param.detach().clone()
-        param.grad = torch.linalg.qr(torch.randn(max(shape), min(shape), dtype=torch.float64)).Q.reshape(shape)
-        if shape[0] < shape[1]:
-            param.grad = param.grad.reshape(max(shape), min(shape)).mT.contiguous()
+    for m, n in [(30, 30), (10, 90), (90, 10)]:
+        param, direction = make_params([(m, n), (m, n)], torch.float64)
+        u, _, vh = torch.linalg.svd(direction.detach(), full_matrices=False)
+        before, param.grad = param.detach().clone(), u @ vh
         Momentum([param], lr=1e-2, weight_decay=0).step()
         rms = (param - before).square().mean().sqrt()
         assert 0.65 * 2e-3 < rms < 1.25 * 2e-3  # the spread of Newton-Schulz's singular values
@@ -60,11 +58,15 @@ def test_adam_output_is_adamw(maximize):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_adam_output_with_nesterov_starts_at_one_adam_step():
-    """The weights of past gradients are normalised to sum to 1, so that the first step is sign(G) either way."""
-    ours = trained(Momentum, [(4, 6)], steps=1, lr=0.1, weight_decay=0, output="adam")
-    (start,) = make_params([(4, 6)], torch.float64)
-    torch.testing.assert_close((ours[0] - start).abs(), torch.full((4, 6), 0.1, dtype=torch.float64), rtol=1e-5, atol=0)
+def test_adam_output_with_nesterov_averages_with_weights_that_sum_to_one():
+    """The average of a constant gradient is that gradient, so that each step is lr · sign(G)."""
+    (param,) = make_params([(4, 6)], torch.float64)
+    before = param.detach().clone()
+    optimizer = Momentum([param], lr=0.1, weight_decay=0, output="adam", adamw_eps=0)
+    for step in range(1, 4):
+        param.grad = torch.full((4, 6), 7.0, dtype=torch.float64)
+        optimizer.step()
+        torch.testing.assert_close(before - param, torch.full((4, 6), 0.1 * step, dtype=torch.float64))
 
 
 def test_vectors_are_adamw_except_under_identity():
@@ -108,12 +110,22 @@ def test_a_large_stack_is_cut(monkeypatch):
     torch.testing.assert_close(trained(Momentum, [(8, 12)] * 5), expected)
 
 
-@pytest.mark.parametrize("output", ["newton_schulz", "adam", "identity"])
-def test_split_blocks_are_matrices_of_their_own(output):
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (Momentum, {"output": "newton_schulz"}),
+        (Momentum, {"output": "adam"}),
+        (Momentum, {"output": "identity"}),
+        (PreconditionedMomentum, {"preconditioner": "shampoo"}),
+        (DeltaMomentum, {}),
+    ],
+    ids=str,
+)
+def test_split_blocks_are_matrices_of_their_own(cls, options):
     (fused,) = make_params([(12, 5)], torch.float64)
     blocks = [torch.nn.Parameter(block.clone()) for block in fused.detach().chunk(3)]
-    ours = Momentum([{"params": [fused], "split": 3}], output=output)
-    theirs = Momentum(blocks, output=output)
+    ours = cls([{"params": [fused], "split": 3}], **options)
+    theirs = cls(blocks, **options)
     for seed in range(3):
         fused.grad = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for block, grad in zip(blocks, fused.grad.chunk(3), strict=True):
@@ -122,6 +134,23 @@ def test_split_blocks_are_matrices_of_their_own(output):
         theirs.step()
     torch.testing.assert_close(fused, torch.cat(blocks))
     assert ours.state[fused]["memory"].shape == fused.shape
+
+
+def test_split_leaves_vectors_alone():
+    params = make_params([(12, 5), (7,)], torch.float64)
+    Momentum([{"params": params, "split": 3}], output="identity")
+
+
+def test_counters_are_where_they_are_read():
+    """On the device for torch's fused AdamW and for CUDA graphs; on the host where the host reads them."""
+    param = torch.empty(4, 6, device="meta")
+    for options, device in [({}, "meta"), ({"fused": False}, "cpu"), ({"foreach": True}, "cpu")]:
+        optimizer = Momentum([param], **options)
+        group = optimizer.param_groups[0]
+        assert optimizer.new_state(param, {**group, "rule": "adamw"})["step"].device.type == device
+        assert optimizer.new_state(param, {**group, "output": "adam"})["step"].device.type == "cpu"
+        captured = {**group, "output": "adam", "capturable": True}
+        assert optimizer.new_state(param, captured)["step"].device.type == "meta"
 
 
 def test_split_must_divide_the_rows():

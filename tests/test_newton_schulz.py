@@ -39,6 +39,17 @@ def test_polar_express_converges_where_muon_does_not():
     assert (torch.linalg.svdvals(newton_schulz(matrix, steps=9)) - 1).abs().max() > 0.1
 
 
+def test_polar_express_starts_with_its_first_polynomial_damped():
+    """p(σ / 1.01), by the coefficients as the paper rounds them."""
+    q = torch.linalg.qr(make((6, 6))).Q
+    values = torch.linspace(0.1, 1, 6, dtype=torch.float64)
+    values = values / values.norm()
+    damped = values / 1.01
+    expected = 8.28721 * damped - 23.59589 * damped**3 + 17.30039 * damped**5
+    out = torch.linalg.svdvals(newton_schulz(q @ torch.diag(values), steps=1, coefficients="polar_express"))
+    torch.testing.assert_close(out.sort().values, expected.sort().values, rtol=1e-5, atol=1e-5)
+
+
 def test_the_papers_cubic_step_is_its_gradient_step_at_the_start():
     """Eq. 44 at O = G with step 1/4 is 1.5 O − 0.5 O Oᵀ O: one step of gradient descent on ‖OᵀO − I‖² / 2."""
     start = make((6, 4)) / 10

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Backend = Literal["auto", "reference", "triton"]
 
@@ -24,7 +25,8 @@ __all__ = ["HAS_TRITON", "Backend", "tl", "triton", "use_triton"]
 def use_triton(backend: Backend, *tensors: Tensor) -> bool:
     """Return whether to take the Triton path.
 
-    "auto" takes it for float32 CUDA tensors that need no gradient; an explicit request never falls back in silence.
+    "auto" takes it for plain float32 CUDA tensors that need no gradient; an explicit request never falls back in
+    silence.
 
     Args:
         backend: "auto", "reference" or "triton".
@@ -38,14 +40,16 @@ def use_triton(backend: Backend, *tensors: Tensor) -> bool:
         raise ValueError(f"Invalid backend: {backend!r}, expected 'auto', 'reference' or 'triton'")
     on_cuda = all(tensor.is_cuda for tensor in tensors)
     in_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)  # a subclass may have no memory of its own
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if backend == "auto":
-        return HAS_TRITON and on_cuda and in_float32 and not needs_grad
+        return HAS_TRITON and on_cuda and in_float32 and plain and not needs_grad
     if backend == "triton":
         if needs_grad:
             raise RuntimeError("backend='triton' has no backward; use backend='reference' where gradients are needed")
-        if not (HAS_TRITON and in_float32 and (on_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        if not (HAS_TRITON and in_float32 and plain and (on_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
             raise RuntimeError(
-                f"backend='triton' needs Triton and float32 CUDA tensors; {HAS_TRITON=}, {on_cuda=}, {in_float32=}"
+                "backend='triton' needs Triton and plain float32 CUDA tensors; "
+                f"{HAS_TRITON=}, {on_cuda=}, {in_float32=}, {plain=}"
             )
     return backend == "triton"

@@ -65,9 +65,13 @@ if HAS_TRITON:
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """One [BLOCK_M, BLOCK_D] tile of decay · M − rate · L R; the product never reaches memory."""
-        batch = tl.program_id(2).to(tl.int64)  # int64: batch · m · d overflows int32 on large stacks
-        rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        tiles_d, tiles = tl.cdiv(d, BLOCK_D), tl.cdiv(m, BLOCK_M) * tl.cdiv(d, BLOCK_D)
+        program = tl.program_id(0).to(
+            tl.int64
+        )  # int64: batch · m · d overflows int32; one axis: the others end at 65535
+        batch, tile = program // tiles, program % tiles
+        rows = tile // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         for start in range(0, n, BLOCK_N):
             inner = start + tl.arange(0, BLOCK_N)
@@ -80,20 +84,20 @@ if HAS_TRITON:
                 mask=(inner[:, None] < n) & (cols[None, :] < d), other=0.0,
             )  # fmt: skip
             acc = tl.dot(left, right, acc=acc, input_precision="ieee")
-        tile = batch * m * d + rows[:, None] * d + cols[None, :]
+        out = batch * m * d + rows[:, None] * d + cols[None, :]
         mask = (rows[:, None] < m) & (cols[None, :] < d)
-        memory = tl.load(memory_ptr + tile, mask=mask, other=0.0)
-        tl.store(out_ptr + tile, decay * memory - rate * acc, mask=mask)
+        memory = tl.load(memory_ptr + out, mask=mask, other=0.0)
+        tl.store(out_ptr + out, decay * memory - rate * acc, mask=mask)
 
 
 def _delta_rule_triton(memory: Tensor, key: Tensor, value: Tensor | None, *, decay: float, rate: float) -> Tensor:
     left, right = _error_product(memory, key, value)
     m, d = memory.shape[-2:]
     n = right.shape[-2]
-    left, right = (left.reshape(-1, m, n).contiguous(), right.reshape(-1, n, d).contiguous())
+    left, right = left.reshape(-1, m, n).contiguous(), right.reshape(-1, n, d).contiguous()
     flat = memory.reshape(-1, m, d).contiguous()
     out = torch.empty_like(flat)
     if out.numel():
-        grid = (triton.cdiv(m, 64), triton.cdiv(d, 64), len(flat))
+        grid = (len(flat) * triton.cdiv(m, 64) * triton.cdiv(d, 64),)
         _delta_rule_kernel[grid](flat, left, right, out, m, n, d, decay, rate, BLOCK_M=64, BLOCK_N=32, BLOCK_D=64)
     return out.reshape(memory.shape)

@@ -5,8 +5,9 @@
 
 It drives every singular value towards 1 and leaves the singular vectors alone: M = U S Vᵀ becomes about U Vᵀ.
 Nested Learning, arXiv:2512.24695, Eq. 42, where it is the output map of a momentum memory (= Muon). It does not
-compute U Vᵀ exactly: with Muon's coefficients the singular values end between about 0.7 and 1.2, which costs
-nothing in training. The paper's cubic step (Eq. 44) needs more than ten iterations to get as far as five of these.
+compute U Vᵀ exactly: with Muon's coefficients those that start above about 0.01 end between 0.7 and 1.2, smaller ones
+on their way, which costs nothing in training. After five of the paper's cubic steps (Eq. 44) the singular values of a
+Gaussian 256 × 1024 matrix lie between 0.24 and 0.63; five of these reach 0.68 to 1.13.
 """
 
 from typing import Literal, get_args
@@ -54,9 +55,9 @@ def newton_schulz(
         matrix: any stack of matrices, tall or wide.
         steps: iterations; 5 is Muon's choice.
         coefficients: "muon" (one polynomial, fast and loose) or "polar_express" (the best polynomial of each step,
-            which converges: take 8 steps for singular values within 1e-3 of 1).
-        dtype: working precision; by default bfloat16 where the matrix units have it, else float32 (float64 for
-            float64 matrices).
+            which converges: 7 steps bring all above 1e-3 within 1e-5 of 1, in float32).
+        dtype: working precision; by default bfloat16 on accelerators and on CPUs that multiply it natively, float32
+            on other CPUs, float64 for float64 matrices.
 
     Raises:
         ValueError: for an unknown set of coefficients, fewer than 1 step, or a tensor that is no matrix.

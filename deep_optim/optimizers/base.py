@@ -9,7 +9,7 @@ is written once and a step has few launches. State is kept per parameter and nev
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from .adamw import adamw_step, init_adamw_state
 from .checkpoint import ExactStateMixin
 from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
-from .validation import check_at_least, check_betas, check_choice, check_lr, check_range
+from .sharding import local, local_of, whole
+from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
 _STACK_NUMEL = 2**24  # 64 MB in float32: enough to fill a device, small beside a model
 
@@ -34,13 +35,14 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     matrices [rows, rest]; the others, and groups with `rule="adamw"`, are stepped by torch's AdamW. A group with
     `split=s` has its matrices cut into s blocks of rows, each with a memory of its own (fused query, key and value).
 
-    State is float32, float64 for float64 parameters. A parameter whose first gradient is all zero gets its state and
-    waits for the next one, so that whoever materialises state with zero gradients leaves no trace in the training.
+    State is float32, float64 for float64 parameters. It is made at a parameter's first gradient; if that is all zero
+    and so is lr, nothing else happens, so that whoever materialises state that way leaves no trace in the training.
     """
 
+    group_defaults: ClassVar[dict[str, Any]] = {"rule": "memory", "split": 1}
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        defaults = {"rule": "memory", "split": 1, **defaults}
-        self.check_group(defaults)
+        self.check_group({**self.group_defaults, **defaults})
         super().__init__(params, defaults)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -48,7 +50,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         check_lr(group)
         check_range(group, "momentum", 0.0, 1.0)
         check_at_least(group, 0.0, "weight_decay")
-        check_at_least(group, 1, "ns_steps", "split")
+        check_count(group, "ns_steps", "split")
         check_choice(group, "rule", ("memory", "adamw"))
         check_choice(group, "output", get_args(OutputMap))
         check_choice(group, "ns_coefficients", get_args(Coefficients))
@@ -84,10 +86,13 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         raise NotImplementedError
 
     def read(self, written: Tensor, memory: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return the memory, or under Nesterov the memory as it would be after the same write once more."""
+        """Return the memory, or under Nesterov the memory with the same write added once more."""
         return written.add(memory, alpha=group["momentum"]) if group["nesterov"] else memory
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name, default in self.group_defaults.items():
+            if isinstance(param_group, dict):  # else torch refuses it
+                param_group.setdefault(name, default)
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -101,12 +106,13 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         if param.is_complex():
             raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
-        if has_memory(param, group) and param.numel() and param.ndim and len(param) % group["split"]:
+        if has_memory(param, group) and param.ndim > 1 and len(param) % group["split"]:
             raise ValueError(f"split={group['split']} does not divide a parameter of size: {tuple(param.size())}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Perform a single optimization step and return the closure's loss, if there is one."""
+        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -130,7 +136,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 continue
             if not self.state[param]:
                 self.state[param].update(self.new_state(param, group))
-                if _is_zero(param.grad):
+                if group["lr"] == 0 and not _capturing(param) and not whole(param.grad).any():
                     continue
             params.append(param)
 
@@ -138,7 +144,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         """Return the state of a parameter that has seen no gradient."""
         dtype = torch.promote_types(param.dtype, torch.float32)
         if not has_memory(param, group):
-            return init_adamw_state(torch.empty_like(param, dtype=dtype))
+            return init_adamw_state(torch.empty_like(param, dtype=dtype), group)
         like = torch.empty_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         state = {**self.init_state(like, group), **init_output_state(like, group)}
         if group["capturable"] and "step" in state:
@@ -146,69 +152,63 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         return state
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        # low-precision parameters take the step in float32 and are rounded once
-        masters = [param.to(torch.promote_types(param.dtype, torch.float32)) for param in params]
-        vectors = [i for i, param in enumerate(params) if not has_memory(param, group)]
+        vectors = [param for param in params if not has_memory(param, group)]
         if vectors:
-            adamw_step(
-                [masters[i] for i in vectors],
-                [params[i].grad.to(masters[i].dtype) for i in vectors],  # type: ignore[union-attr]
-                [self.state[params[i]] for i in vectors],
-                group,
-            )
-        for stack in _stacks(params, group):
-            self._step_stack(group, [params[i] for i in stack], [masters[i] for i in stack])
-        for param, master in zip(params, masters, strict=True):
-            if param.dtype != master.dtype:
-                param.copy_(master)
+            adamw_step(vectors, [self.state[param] for param in vectors], group)
+        for stack in _stacks([param for param in params if has_memory(param, group)]):
+            self._step_stack(group, stack)
 
-    def _step_stack(self, group: dict[str, Any], params: list[Tensor], masters: list[Tensor]) -> None:
+    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Step parameters of one shape; with m × n matrices and B = split · len(params), all is [B, m, n]."""
         shape = matrix_shape(params[0], group)
-        dtype = masters[0].dtype
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
         states = [self.state[param] for param in params]
         for state in states:
             if "step" in state:
                 state["step"] += 1
-        grad = _stack([param.grad.to(dtype).reshape(shape) for param in params])  # type: ignore[union-attr]
-        views = {name: [_as_matrices(state[name], params[0].shape, shape) for state in states] for name in states[0]}
-        stacked = {name: _stack(tensors) for name, tensors in views.items()}
-        before = dict(stacked)
+        grad = _stack([whole(param.grad).to(dtype).reshape(shape) for param in params])  # type: ignore[arg-type]
+        names = list(states[0])
+        before = {name: _stack([_as_matrices(state[name], params[0], shape) for state in states]) for name in names}
+        stacked = dict(before)
 
         written = self.features(-grad if group["maximize"] else grad, stacked, group)
         direction = apply_output(self.update(written, stacked, group), written, stacked, group)
 
-        for name, tensors in views.items():
+        for name in names:
             if stacked[name] is not before[name]:
-                torch._foreach_copy_(tensors, torch.split(stacked[name], len(tensors[0])))
-        _descend(masters, direction, group)
+                _unstack([state[name] for state in states], stacked[name])
+        _descend(params, direction, group)
 
 
-def _stacks(params: list[Tensor], group: dict[str, Any]) -> Iterator[list[int]]:
-    """Indices of the parameters that have a memory, in stacks of one shape, dtype and device."""
-    groups: dict[Any, list[int]] = {}
-    for i, param in enumerate(params):
-        if has_memory(param, group):
-            groups.setdefault((param.shape, param.dtype, param.device), []).append(i)
+def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut `params` into stacks of one shape, dtype and device."""
+    groups: dict[Any, list[Tensor]] = {}
+    for param in params:
+        groups.setdefault((type(param), param.shape, param.dtype, param.device), []).append(param)
     for members in groups.values():
-        size = max(1, _STACK_NUMEL // params[members[0]].numel())
+        size = max(1, _STACK_NUMEL // members[0].numel())
         for start in range(0, len(members), size):
             yield members[start : start + size]
 
 
-def _as_matrices(tensor: Tensor, param_shape: torch.Size, shape: tuple[int, int, int]) -> Tensor:
-    if tensor.shape == param_shape and tensor.ndim:
-        return tensor.view(shape)
-    return tensor.view(1, 1, 1).expand(shape[0], 1, 1) if tensor.ndim == 0 else tensor
+def _as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if tensor.ndim == 0 and param.ndim > 0:  # a counter, one for all blocks of the parameter
+        return tensor.view(1, 1, 1).expand(shape[0], 1, 1)
+    return whole(tensor).reshape(shape) if tensor.shape == param.shape else tensor
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _is_zero(grad: Tensor) -> bool:
-    capturing = grad.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not capturing and not bool(grad.any())
+def _unstack(tensors: list[Tensor], stacked: Tensor) -> None:
+    """Write the blocks of a stack to the tensors they came from."""
+    for tensor, block in zip(tensors, stacked.chunk(len(tensors)), strict=True):
+        local(tensor).copy_(local_of(block.reshape(tensor.shape), tensor))
+
+
+def _capturing(param: Tensor) -> bool:
+    return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _descend(params: list[Tensor], direction: Tensor, group: dict[str, Any]) -> None:
@@ -219,7 +219,13 @@ def _descend(params: list[Tensor], direction: Tensor, group: dict[str, Any]) -> 
         direction, step = lr * direction, -1.0
     else:
         step = -lr
-    blocks = torch.split(direction, len(direction) // len(params))
+    blocks = direction.chunk(len(params))
+    directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
+    shards = [local(param) for param in params]
+    masters = [shard.to(direction.dtype) for shard in shards]  # low precision is rounded once, at the end
     if weight_decay != 0:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, [block.reshape(p.shape) for p, block in zip(params, blocks, strict=True)], alpha=step)
+        torch._foreach_mul_(masters, 1 - lr * weight_decay)
+    torch._foreach_add_(masters, directions, alpha=step)
+    for shard, master in zip(shards, masters, strict=True):
+        if shard is not master:
+            shard.copy_(master)

@@ -6,7 +6,7 @@ dict share their state. Here state keeps its dtype, is copied, and is checked be
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.optim.optimizer import Optimizer, StateDict
 class ExactStateMixin(Optimizer):
     """Loads state bit for bit, or raises ValueError and leaves the optimizer as it was."""
 
+    group_defaults: ClassVar[dict[str, Any]] = {}  # keys of groups that are no arguments of the constructor
+
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter that has seen no gradient."""
         raise NotImplementedError
@@ -23,7 +25,7 @@ class ExactStateMixin(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # from before an option existed
-            for name, default in self.defaults.items():
+            for name, default in {**self.group_defaults, **self.defaults}.items():
                 group.setdefault(name, default)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -37,14 +39,14 @@ class ExactStateMixin(Optimizer):
         def check(optimizer: Optimizer, state_dict: StateDict) -> None:  # after the user's hooks
             loaded.update(state_dict)
             for param, group, saved in self._pairs(loaded):
-                self._check_state(param, {**self.defaults, **group}, saved)
+                self._check_state(param, {**self.group_defaults, **self.defaults, **group}, saved)
 
         def restore(optimizer: Optimizer) -> None:  # before the user's hooks
             for param, group, saved in self._pairs(loaded):
-                expected = self.new_state(param.to("meta"), {**self.defaults, **group})
+                expected = self.new_state(param.to("meta"), {**self.group_defaults, **self.defaults, **group})
                 for name, value in saved.items():
-                    on_host = name in expected and expected[name].is_cpu
-                    self.state[param][name] = _restored(value, torch.device("cpu") if on_host else param.device)
+                    if name in expected:
+                        self.state[param][name] = _restored(value, expected[name], param.device)
 
         handles = [
             self.register_load_state_dict_pre_hook(check),
@@ -79,7 +81,9 @@ class ExactStateMixin(Optimizer):
                 )
 
 
-def _restored(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return torch.tensor(float(value), device=device)  # `step` was a number before torch 1.12
+def _restored(value: Any, expected: Tensor, device: torch.device) -> Tensor:
+    """A copy of `value` where and in the dtype in which this algorithm would keep it, and laid out as it views it."""
+    device = torch.device("cpu") if expected.is_cpu else device
+    if not isinstance(value, Tensor):  # `step` was a number before torch 1.12
+        return torch.tensor(float(value), dtype=expected.dtype, device=device)
+    return value.to(device, expected.dtype, copy=True, memory_format=torch.contiguous_format)

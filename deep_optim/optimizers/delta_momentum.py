@@ -13,7 +13,8 @@ with eigenvalue λ ≤ 1 the memory survives by momentum − inner_lr · λ: dir
 step are remembered briefly, rare ones for long.
 Nested Learning, arXiv:2512.24695, Eq. 48-49. As printed, Eq. 49 has no step size on the Gram and does not normalise
 it, so that it vanishes for small gradients and diverges for large ones, on the paper's own example too. The target
-c = ‖G‖_F / inner_lr makes what is written the gradient itself, so that inner_lr = 0 is `Momentum`.
+c = s / inner_lr, where K = φ(G) / s, makes what is written φ(G) itself, so that inner_lr = 0 is `Momentum`; "both"
+erases once for each side and writes once.
 """
 
 from typing import Any, Literal, get_args
@@ -36,6 +37,8 @@ from .validation import check_at_least, check_choice
 Side = Literal["right", "left", "both"]
 GramNorm = Literal["eigenvalue", "trace"]
 
+_MARGIN = 1.5  # by how much the power iteration may underestimate an eigenvalue
+
 
 class DeltaMomentum(MemoryOptimizer):
     """Momentum that overwrites instead of piling up.
@@ -50,10 +53,10 @@ class DeltaMomentum(MemoryOptimizer):
         momentum: how much of the memory survives a step that brings no key like it, 0 to 1. Higher than plain
             momentum's best, since the keys that do recur are forgotten faster.
         inner_lr: step size of the memory on its own regression, per side; 0 is plain momentum. Stable while its sum
-            over the sides is below 1 + momentum. Refused above 1, which leaves room for a power iteration that finds
-            half the eigenvalue.
+            over the sides is below 1 + momentum; refused above two thirds of that, which leaves room for a power
+            iteration that finds two thirds of the eigenvalue.
         weight_decay: decoupled, multiplied by `lr` as in AdamW.
-        nesterov: read the memory as it will be after the same gradient once more.
+        nesterov: read the memory with the same write added once more.
         side: which Gram erases: "right" (over the columns of G, the paper's), "left" (over its rows), or "both".
         gram_norm: what scales the Gram to at most 1: its largest "eigenvalue", or its "trace", which is gentler the
             more directions a gradient has, and for one sample the input-keyed rule exactly.
@@ -134,33 +137,37 @@ class DeltaMomentum(MemoryOptimizer):
         check_choice(group, "gram_norm", get_args(GramNorm))
         check_choice(group, "feature_map", get_args(FeatureMap))
         check_choice(group, "backend", get_args(Backend))
-        limit = 0.5 if group["side"] == "both" else 1.0
+        limit = (1 + group["momentum"]) / _MARGIN / (2 if group["side"] == "both" else 1)
         if group["inner_lr"] > limit:
             raise ValueError(
-                f"Invalid inner_lr value: {group['inner_lr']}, side={group['side']!r} is stable up to {limit}"
+                f"Invalid inner_lr value: {group['inner_lr']}, stable up to {limit:.3g} for side={group['side']!r} "
+                f"and momentum={group['momentum']}"
             )
 
     def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = {"memory": torch.zeros_like(param)}
         if group["gram_norm"] == "eigenvalue":
             split, m, n = matrix_shape(param, group)
-            state["eigenvector"] = param.new_zeros(split, 1, min(m, n))
+            # the same on every rank, so no share of a sharded parameter
+            state["eigenvector"] = torch.zeros(split, 1, min(m, n), dtype=param.dtype, device=param.device)
         return state
 
     def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         return feature_map(grad, group["feature_map"])
 
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        momentum, rule = (group["momentum"], {"rate": group["inner_lr"], "backend": group["backend"]})
-        key, memory = self._keys(written, state, group), state["memory"]  # [B, m, n]
-        if group["side"] == "left":
-            kept = delta_rule(memory.mT, key.mT, None, decay=momentum, **rule).mT
-        else:
-            kept = delta_rule(memory, key, None, decay=momentum, **rule)
-        if group["side"] == "both":
-            kept = kept + delta_rule(memory.mT, key.mT, None, decay=0.0, **rule).mT
+        key = self._keys(written, state, group)  # [B, m, n]
+        kept = group["momentum"] * state["memory"]
+        if group["side"] in ("right", "both"):
+            kept = kept + self._erasure(state["memory"], key, group)
+        if group["side"] in ("left", "both"):
+            kept = kept + self._erasure(state["memory"].mT, key.mT, group).mT
         state["memory"] = kept + written
         return self.read(written, state["memory"], group)
+
+    def _erasure(self, memory: Tensor, key: Tensor, group: dict[str, Any]) -> Tensor:
+        """−inner_lr · M KᵀK: the delta rule without retention and without a value."""
+        return delta_rule(memory, key, None, decay=0.0, rate=group["inner_lr"], backend=group["backend"])
 
     def _keys(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """The keys, scaled so that the Gram's largest eigenvalue, or its trace, is 1."""

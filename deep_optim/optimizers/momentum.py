@@ -35,10 +35,10 @@ class Momentum(MemoryOptimizer):
     Args:
         params: parameters, named parameters, or groups of them; any shape.
         lr: step size. AdamW's usual values suit "newton_schulz" and "adam", SGD's suit "identity".
-        momentum: how much of the memory survives a step, 0 to 1. Muon's customary 0.95; 0.8 to 0.9 is often better
-            in runs of less than a few thousand steps.
+        momentum: how much of the memory survives a step, 0 to 1. Muon's customary 0.95; in runs of
+            hundreds of steps 0.8 to 0.9 was better.
         weight_decay: decoupled, multiplied by `lr` as in AdamW.
-        nesterov: read the memory as it will be after the same gradient once more.
+        nesterov: read the memory with the same write added once more.
         feature_map: what is written in place of the gradient: "identity", "soft_rows", "tanh" or "sign".
         output: "newton_schulz", "adam" or "identity". Under the first two, vectors and scalars are stepped by AdamW;
             under "identity" they have a memory like everything else.

@@ -27,7 +27,7 @@ def init_output_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tens
     """Return what the map keeps per parameter: nothing, or Adam's second moment."""
     if group["output"] != "adam":
         return {}
-    return {"exp_avg_sq": torch.zeros_like(param), "step": torch.zeros(())}
+    return {"exp_avg_sq": torch.zeros_like(param), "step": torch.zeros((), dtype=torch.float32)}
 
 
 def apply_output(

@@ -7,7 +7,7 @@
 
     identity         P(G) = G
     diagonal         P(G) = G / (√v̂ + ε),       v ← β v + (1 − β) G²
-    shampoo          P(G) = L̂^(−½) G,           L ← β L + (1 − β) G Gᵀ,   root refreshed every few steps
+    shampoo          P(G) = (L̂ + ρ I)^(−½) G,   L ← β L + (1 − β) G Gᵀ,   root refreshed every few steps
     newton_schulz    P(G) = NS(G)
 
 The preconditioner gives the memory other values for the same keys. It acts before the average over time, where an
@@ -31,13 +31,15 @@ from .validation import check_at_least, check_choice
 
 Preconditioner = Literal["identity", "diagonal", "shampoo", "newton_schulz"]
 
+_RIDGE = 1e-2  # of the mean eigenvalue: a direction that is new since the last refresh is amplified at most tenfold
+
 
 class PreconditionedMomentum(MemoryOptimizer):
     """Momentum over preconditioned gradients; with the defaults, Newton-Schulz over RMS-normalised gradients.
 
     Keeps 4 bytes per parameter, plus 4 for "diagonal", or 8 m² per m × n matrix for "shampoo". "newton_schulz" costs
-    one Newton-Schulz more per step; "shampoo" costs 4 m FLOPs per parameter, and about 150 m³ per matrix each time
-    the root is refreshed.
+    one Newton-Schulz more per step; "shampoo" costs 4 m FLOPs per parameter, and about 130 m³ in float64 per matrix
+    each time the root is refreshed.
 
     Args:
         params: parameters, named parameters, or groups of them; any shape.
@@ -45,7 +47,7 @@ class PreconditionedMomentum(MemoryOptimizer):
             1 / (1 − momentum) times that of the preconditioned gradient.
         momentum: how much of the memory survives a step, 0 to 1.
         weight_decay: decoupled, multiplied by `lr` as in AdamW.
-        nesterov: read the memory as it will be after the same gradient once more.
+        nesterov: read the memory with the same write added once more.
         preconditioner: "diagonal", "shampoo", "newton_schulz" or "identity" (which is `Momentum`).
         precondition_beta: decay rate of the preconditioner's statistics.
         precondition_interval: steps between two refreshes of Shampoo's root. Under torch.compile or `capturable` the
@@ -55,7 +57,7 @@ class PreconditionedMomentum(MemoryOptimizer):
         ns_steps: Newton-Schulz iterations.
         ns_coefficients: "muon" or "polar_express".
         adamw_betas: AdamW's decay rates, for what is no matrix; the second is also that of `output="adam"`.
-        adamw_eps: AdamW's term in the denominator; likewise.
+        adamw_eps: AdamW's term in the denominator; likewise, and that of "diagonal".
         foreach: use torch's foreach AdamW for what is no matrix.
         maximize: ascend instead.
         capturable: keep counters on the device, so that a CUDA graph can capture the step.
@@ -123,11 +125,18 @@ class PreconditionedMomentum(MemoryOptimizer):
     def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = {"memory": torch.zeros_like(param)}
         if group["preconditioner"] == "diagonal":
-            state |= {"preconditioner.exp_avg_sq": torch.zeros_like(param), "step": torch.zeros(())}
+            state |= {
+                "preconditioner.exp_avg_sq": torch.zeros_like(param),
+                "step": torch.zeros((), dtype=torch.float32),
+            }
         if group["preconditioner"] == "shampoo":
             split, m, _ = matrix_shape(param, group)
-            square = param.new_zeros(split, m, m)
-            state |= {"preconditioner.gram": square, "preconditioner.root": square.clone(), "step": torch.zeros(())}
+            square = torch.zeros(split, m, m, dtype=param.dtype, device=param.device)  # the same on every rank
+            state |= {
+                "preconditioner.gram": square,
+                "preconditioner.root": square.clone(),
+                "step": torch.zeros((), dtype=torch.float32),
+            }
         return state
 
     def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
@@ -141,7 +150,7 @@ class PreconditionedMomentum(MemoryOptimizer):
             state["preconditioner.gram"] = gram
             due = (state["step"] - 1) % group["precondition_interval"] == 0  # [B, 1, 1]
             if torch.compiler.is_compiling() or group["capturable"] or due.any():  # else the host may decide
-                root = inverse_sqrt(gram / weight_seen(beta, state["step"].to(grad)))
+                root = inverse_sqrt(gram / weight_seen(beta, state["step"].to(grad)), eps=_RIDGE)
                 state["preconditioner.root"] = torch.where(due.to(grad.device), root, state["preconditioner.root"])
             return state["preconditioner.root"] @ grad
         if kind == "newton_schulz":

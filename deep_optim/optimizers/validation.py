@@ -31,8 +31,17 @@ def check_range(group: Mapping[str, Any], name: str, minimum: float, maximum: fl
         raise ValueError(f"Invalid {name} value: {group[name]}, expected {minimum} to {maximum}")
 
 
+def check_count(group: Mapping[str, Any], *names: str) -> None:
+    """Refuse what is no whole number of at least 1."""
+    for name in names:
+        if not (group[name] >= 1 and group[name] == int(group[name])):
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+
+
 def check_betas(group: Mapping[str, Any], name: str) -> None:
-    """Refuse decay rates outside [0, 1)."""
+    """Refuse anything but two decay rates in [0, 1)."""
+    if len(group[name]) != 2:
+        raise ValueError(f"Invalid {name}: {group[name]}, expected two")
     for index, beta in enumerate(group[name]):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")

@@ -1,0 +1,114 @@
+"""The one table of optimizers: every promise in test_contract_*.py is kept by every line of it.
+
+A new optimizer, or a new option of an old one, is one more line. AdamW stands in the table as a control: a promise
+that it keeps is fair to ask, and a promise that it breaks (`beyond_torch`) is an expected failure that must stay one.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from deep_optim import DeltaMomentum, Momentum, PreconditionedMomentum
+from problem import make_params, train
+
+LR = 2.0**-6  # exact in every dtype, so that a tensor can hold what a float holds
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer class, and the options of the constructor and of its groups that a test builds it with."""
+
+    id: str
+    cls: type[Optimizer]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    group: dict[str, Any] = field(default_factory=dict)
+    control: bool = False
+
+    def make(self, params: ParamsT, **kwargs: Any) -> Any:
+        """Build the optimizer; `kwargs` win over the case's own."""
+        return self.cls(self.groups(params), **{"lr": LR, **self.kwargs, **kwargs})
+
+    def mid_training(self, dtype: torch.dtype = torch.float32, steps: int = 3) -> tuple[Any, list[torch.Tensor]]:
+        """Return an optimizer after a few steps, and its parameters."""
+        params = make_params(dtype=dtype)
+        optimizer = self.make(params)
+        train(optimizer, params, range(steps))
+        return optimizer, params
+
+    def groups(self, params: Any) -> Any:
+        """Return `params` with the options that are keys of a group and no arguments of the constructor."""
+        if not self.group or params is None or isinstance(params, torch.Tensor) or not (params := list(params)):
+            return params
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        return [{**self.group, **each} for each in groups]
+
+    def defaults(self) -> dict[str, Any]:
+        """Return what the constructor assumes for every keyword."""
+        signature = inspect.signature(self.cls).parameters.values()
+        return {parameter.name: parameter.default for parameter in signature if parameter.name != "params"}
+
+
+CASES = (
+    Case("adamw", torch.optim.AdamW, control=True),
+    Case("momentum", Momentum),
+    Case("momentum-plain", Momentum, {"nesterov": False, "ns_coefficients": "polar_express", "ns_steps": 8}),
+    Case("momentum-identity", Momentum, {"output": "identity"}),
+    Case("momentum-adam", Momentum, {"output": "adam"}),
+    Case("momentum-adamw-rule", Momentum, group={"rule": "adamw"}),
+    Case("momentum-soft-rows", Momentum, {"feature_map": "soft_rows"}),
+    Case("momentum-tanh", Momentum, {"feature_map": "tanh", "output": "identity"}),
+    Case("momentum-sign", Momentum, {"feature_map": "sign", "output": "adam"}),
+    Case("preconditioned", PreconditionedMomentum),
+    Case("preconditioned-identity", PreconditionedMomentum, {"preconditioner": "identity"}),
+    Case("preconditioned-diagonal-identity", PreconditionedMomentum, {"output": "identity"}),
+    Case("preconditioned-diagonal-adam", PreconditionedMomentum, {"output": "adam"}),
+    Case("preconditioned-shampoo", PreconditionedMomentum, {"preconditioner": "shampoo", "precondition_interval": 2}),
+    Case(
+        "preconditioned-shampoo-identity", PreconditionedMomentum, {"preconditioner": "shampoo", "output": "identity"}
+    ),
+    Case("preconditioned-newton-schulz", PreconditionedMomentum, {"preconditioner": "newton_schulz"}),
+    Case(
+        "preconditioned-newton-schulz-adam",
+        PreconditionedMomentum,
+        {"preconditioner": "newton_schulz", "output": "adam"},
+    ),
+    Case("delta", DeltaMomentum),
+    Case("delta-right", DeltaMomentum, {"side": "right", "inner_lr": 1.0}),
+    Case("delta-left", DeltaMomentum, {"side": "left", "nesterov": False}),
+    Case("delta-trace", DeltaMomentum, {"gram_norm": "trace"}),
+    Case("delta-identity", DeltaMomentum, {"output": "identity", "feature_map": "identity"}),
+    Case("delta-adam", DeltaMomentum, {"output": "adam", "feature_map": "tanh"}),
+    Case("delta-no-inner-lr", DeltaMomentum, {"inner_lr": 0.0, "feature_map": "sign"}),
+)
+
+
+def one_per_class() -> Iterator[Case]:
+    """Yield the first case of every class, for tests too slow for the whole table."""
+    seen: set[type[Optimizer]] = set()
+    for case in CASES:
+        if case.cls not in seen:
+            seen.add(case.cls)
+            yield case
+
+
+def every(
+    kind: str = "case", *, beyond_torch: str | None = None, raises: type[Exception] | None = None
+) -> pytest.MarkDecorator:
+    """Parametrize a test over the table, "case" by case or by "class".
+
+    `beyond_torch` names why torch's own AdamW breaks the promise: there the test must fail, or the claim is stale. It
+    must fail by an assertion or by `raises`; any other error is a fault of the test.
+    """
+    failures = (AssertionError, pytest.fail.Exception, *([raises] if raises else []))
+    reason = f"torch's AdamW {beyond_torch}"
+    marks = pytest.mark.xfail(strict=True, raises=failures, reason=reason) if beyond_torch else ()
+    cases = CASES if kind == "case" else tuple(one_per_class())
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=case.id, marks=marks if case.control else ()) for case in cases]
+    )

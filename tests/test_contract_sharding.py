@@ -1,0 +1,55 @@
+"""What every optimizer owes torch's sharding wrappers, in a process group of one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from cases import LR, Case, every
+from problem import assert_same, copy_params, make_model, make_params, model_loss, train
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in a process group of this process alone."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every()
+def test_zero_redundancy_optimizer_shards_it(case: Case) -> None:
+    """It builds cls(params, **keywords) for the share of each rank, and copies the groups' values over."""
+    params = make_params()
+    plain = case.make(copies := copy_params(params))
+    sharded = ZeroRedundancyOptimizer(case.groups(params), case.cls, lr=LR, **case.kwargs)
+    assert_same(train(sharded, params, range(3)), train(plain, copies, range(3)))
+    sharded.consolidate_state_dict()
+    assert_same(sharded.state_dict()["state"], plain.state_dict()["state"])
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return the tensor that a DTensor is a share of."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+@every()
+def test_fully_sharded_parameters_train(case: Case) -> None:
+    """FSDP2: parameters, gradients and state are DTensors, which do not mix with plain tensors."""
+    sharded, plain = make_model(), make_model()
+    fully_shard(sharded)
+    optimizers = [(model, case.make(model.parameters())) for model in (sharded, plain)]
+    for step in range(2):
+        for model, optimizer in optimizers:
+            optimizer.zero_grad()
+            model_loss(model, step).backward()
+            optimizer.step()
+    for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours).detach(), theirs.detach())  # float32: other kernels
