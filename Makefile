@@ -59,7 +59,7 @@ else
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(CONSTRAINTS)
 endif
 	@echo "Installing deep_optim and what its tests and benchmarks need"
-	@$(PIP) install --constraint $(CONSTRAINTS) --editable ".[bench,dev,hf]"
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable ".[bench,dev]"
 	@echo "$(TORCH)" > $(STAMP)
 
 $(DOCS_STAMP): $(STAMP)

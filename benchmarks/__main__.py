@@ -1,0 +1,31 @@
+"""`python -m benchmarks <name>`: run one benchmark; without a name, list them."""
+
+import importlib
+import os
+import sys
+
+# One thread per process, set before torch is imported: trials run in parallel processes, and a ratio of
+# step times must not depend on how many threads happened to be free.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+BENCHMARKS = {
+    "convergence": "loss at equal steps and at equal wall time, every optimizer tuned with the same budget",
+    "toy": "paths of momentum and delta momentum on a two-dimensional valley (Eq. 53)",
+    "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("python -m benchmarks <name> [--help]\n")
+        print("\n".join(f"  {name:12} {line}" for name, line in BENCHMARKS.items()))
+        return 0
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        print(f"no benchmark named {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"benchmarks.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

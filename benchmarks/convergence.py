@@ -1,0 +1,194 @@
+"""Loss at equal steps and at equal wall time, every optimizer tuned with the same number of trials.
+
+1. Step times of all optimizers in paired shuffled rounds: forward, backward and step.
+2. Tuning: every point of every search space, on one seed.
+3. Equal steps: the best point of each, on other seeds.
+4. Equal wall time: the same, with as many steps as fit into the time the reference needs, decayed over that length.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .measure import command, machine, paired_rounds, summarize, versions
+from .optimizers import OPTIMIZERS, TUNED, Setting, available, build
+from .plots import draw_convergence
+from .report import edges, print_report, summarize_runs
+from .tasks import TASKS, Task, make_task
+from .training import Trial, train_step
+from .trials import Meter, Results, run_trials
+
+RESULTS = Path(__file__).parent / "results"
+AGAIN = "adamw (again)"  # the A/A arm: what the clock says about two equal optimizers
+STEPS_PER_CALL = 10  # SOAP and the like do some of their work every tenth step only
+TUNING_SEED = 0
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(task="text", steps=250, seeds=[1, 2], optimizers="adamw,muon,delta_momentum", tune=False, rounds=5),
+    "full": dict(task="text"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if args.plot_only:
+        results = Results(args.plot_only, resume=True)
+        console.print(f"plot: {draw_convergence(results.document, results.trials, args.plot_only.with_suffix('.png'))}")
+        return 0
+    torch.set_num_threads(1)
+    results = Results(args.output, resume=args.resume)
+    try:
+        run(args, results, console)
+    except KeyboardInterrupt:
+        done = len(results.trials)
+        console.print(f"\ninterrupted: {done} finished trials are in {results.path}; --resume goes on from there")
+        return 130
+    results.document["command"] = command("convergence", arguments)
+    results.save()
+    plot = draw_convergence(results.document, results.trials, results.path.with_suffix(".png"))
+    print_report(results.document, console)
+    console.print(f"numbers: {results.path}\nplot:    {plot}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Command line over preset over the task's own defaults."""
+    parser = argparse.ArgumentParser("python -m benchmarks convergence", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, help="demo: minutes, no tuning; full: text, every optimizer")
+    parser.add_argument("--task", choices=TASKS, default="text")
+    parser.add_argument("--corpus", choices=["stdlib", "imdb", "newsgroups", "shakespeare"], help="text: what to read")
+    parser.add_argument("--data", help="text: a file of your own")
+    parser.add_argument("--model", choices=["vit", "resnet"], help="vision: what to train")
+    parser.add_argument("--images", choices=["digits", "fashion"], help="vision: what to look at")
+    parser.add_argument("--steps", type=int, help="length of a run; default: the task's")
+    parser.add_argument("--tune-steps", type=int, help="length of a tuning run; default: --steps")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--optimizers", help=f"comma-separated; default: all installed of {', '.join(OPTIMIZERS)}")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="use the settings in optimizers.py")
+    parser.add_argument("--no-wall", dest="wall", action="store_false", help="leave out the runs at equal wall time")
+    parser.add_argument("--reference", default="muon", help="whose time for --steps is the wall budget (if it runs)")
+    parser.add_argument("--eval-every", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=12, help=f"timing rounds of {STEPS_PER_CALL} steps")
+    parser.add_argument("--workers", type=int, default=len(_cores()), help="processes, one thread each")
+    parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
+    parser.add_argument("--resume", action="store_true", help="keep the finished trials of the JSON file")
+    parser.add_argument("--plot-only", type=Path, metavar="FILE", help="only draw the plot of a JSON file")
+    preset = parser.parse_known_args(arguments)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args = parser.parse_args(arguments)
+    wanted = args.optimizers.split(",") if args.optimizers else available()
+    if unknown := [name for name in wanted if name not in OPTIMIZERS]:
+        parser.error(f"no optimizer named {unknown[0]!r}; there are: {', '.join(OPTIMIZERS)}")
+    args.optimizers = [name for name in OPTIMIZERS if name in wanted]  # the table's order: baselines first
+    keys = {"text": ("corpus", "data"), "vision": ("model", "images"), "regression": ()}[args.task]
+    args.options = {key: getattr(args, key) for key in keys if getattr(args, key)}
+    if not args.output:
+        words = ["convergence", preset or args.task, *(Path(word).stem for word in args.options.values())]
+        args.output = RESULTS / f"{'_'.join(words)}.json"
+    return args
+
+
+def run(args: argparse.Namespace, results: Results, console: Console) -> None:
+    """Fill `results`."""
+    task = make_task(args.task, **args.options)
+    steps, names = args.steps or task.steps, args.optimizers
+    tune_steps = args.tune_steps or steps
+    if args.tune:
+        guesses = {name: OPTIMIZERS[name].trials(task.name)[4] for name in names}
+    else:
+        guesses = {name: tuned(name, task) for name in names}
+    results.document |= {
+        "benchmark": "convergence",
+        "config": {
+            "task": task.name, "metric": task.metric, **task.describe(), "steps": steps, "seeds": args.seeds,
+            "tuned_here": args.tune, "tune_steps": tune_steps, "tuning_seed": TUNING_SEED,
+            "weight_decay": task.weight_decay, "aux_lr": task.aux_lr,
+        },
+        "search_spaces": {
+            name: {"lr": OPTIMIZERS[name].lrs(task.name), OPTIMIZERS[name].second: list(OPTIMIZERS[name].seconds)}
+            for name in names
+        },
+        "machine": machine(), "versions": versions(),
+    }  # fmt: skip
+    console.print(f"{task.metric}: {', '.join(names)}; {steps} steps, seeds {args.seeds}")
+    if set(results.document.get("step_time", ())) < {*names, "adamw", AGAIN}:
+        console.print("timing one step of each, in shuffled rounds ...")
+        results.document["step_time"] = step_times(task, guesses, args.rounds)
+    step_time = results.document["step_time"]
+
+    def trial(name: str, at: Setting, seed: int, length: int) -> Trial:
+        options = tuple(sorted(args.options.items()))
+        return Trial(args.task, options, name, at.lr, at.second, seed, length, min(args.eval_every, length))
+
+    searches = {name: OPTIMIZERS[name].trials(task.name) if args.tune else [] for name in names}
+    reference = args.reference if args.reference in names else max(names, key=lambda name: step_time[name]["ms"])
+    lengths = {name: max(1, round(steps * step_time[reference]["ms"] / step_time[name]["ms"])) for name in names}
+    total = tune_steps * sum(map(len, searches.values())) + len(args.seeds) * steps * len(names)
+    if args.wall:
+        total += len(args.seeds) * sum(lengths.values())
+    with Meter(total) as meter:
+        tuning = [trial(name, at, TUNING_SEED, tune_steps) for name in names for at in searches[name]]
+        run_trials("tune", tuning, results, meter, args.workers)
+        best = {name: best_of(searches[name], name, tuning, results) if args.tune else guesses[name] for name in names}
+        equal_steps = {name: [trial(name, best[name], seed, steps) for seed in args.seeds] for name in names}
+        run_trials("equal steps", itertools.chain(*equal_steps.values()), results, meter, args.workers)
+        equal_wall = {name: [trial(name, best[name], seed, lengths[name]) for seed in args.seeds] for name in names}
+        if args.wall:
+            run_trials("equal wall time", itertools.chain(*equal_wall.values()), results, meter, args.workers)
+    results.document |= {
+        "best": {name: {"lr": at.lr, OPTIMIZERS[name].second: at.second} for name, at in best.items()},
+        "edges": edges(best, task.name) if args.tune else [],
+        "equal_steps": summarize_runs(equal_steps, results),
+        "equal_wall": summarize_runs(equal_wall, results) if args.wall else {},
+        "wall_reference": reference,
+    }
+
+
+def best_of(search: list[Setting], name: str, tuning: list[Trial], results: Results) -> Setting:
+    """The point with the lowest loss; a diverged one loses against any other."""
+    losses = {trial.setting: results.trials[trial]["loss"] for trial in tuning if trial.optimizer == name}
+    return min(search, key=lambda at: float("inf") if losses[at] is None else losses[at])
+
+
+def tuned(name: str, task: Task) -> Setting:
+    """The committed best setting."""
+    try:
+        return TUNED[task.name][name]
+    except KeyError:
+        sys.exit(f"optimizers.py has no tuned setting of {name} for {task.name}; run without --no-tune")
+
+
+def step_times(task: Task, settings: dict[str, Setting], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of one whole training step per optimizer, and its ratio to AdamW's."""
+    adamw = settings.get("adamw", OPTIMIZERS["adamw"].trials(task.name)[4])
+    arms = {name: training_arm(task, name, at) for name, at in ({"adamw": adamw} | settings).items()}
+    arms[AGAIN] = training_arm(task, "adamw", adamw)
+    summary = summarize(paired_rounds(arms, rounds=rounds, warmup=1), reference="adamw")
+    for numbers in summary.values():
+        numbers["ms"] /= STEPS_PER_CALL
+        numbers["min_ms"] /= STEPS_PER_CALL
+    return summary
+
+
+def training_arm(task: Task, name: str, setting: Setting) -> Callable[[], None]:
+    """`STEPS_PER_CALL` training steps on a model of its own."""
+    model = task.model(0)
+    optimizers = build(name, task, model, setting, warmup=1)
+    batches = list(task.batches(0, STEPS_PER_CALL))
+
+    def arm() -> None:
+        for batch in batches:
+            train_step(task, model, optimizers, batch)
+
+    return arm
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

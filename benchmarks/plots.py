@@ -1,0 +1,195 @@
+"""The figures; each is drawn from a benchmark's JSON alone, so it can be drawn again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from .optimizers import OPTIMIZERS
+from .training import Trial
+
+# Okabe and Ito's palette, distinguishable with any colour vision; dashes separate baselines from ours in print.
+COLORS = {
+    "adamw": "#000000",
+    "sgd": "#999999",
+    "muon": "#0072B2",
+    "schedule_free_adamw": "#CC79A7",
+    "soap": "#009E73",
+    "momentum": "#56B4E9",
+    "preconditioned_momentum": "#E69F00",
+    "delta_momentum": "#D55E00",
+}
+OURS = ("momentum", "preconditioned_momentum", "delta_momentum")
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+}
+
+
+def draw_convergence(document: Mapping[str, Any], trials: Mapping[Trial, dict[str, Any]], path: Path) -> Path:
+    """Loss against steps, against wall time, and against the learning rate where one was searched."""
+    config, names = document["config"], list(document["best"])
+    searched = config["tuned_here"]
+    panels = 1 + bool(document["equal_wall"]) + searched
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.2), squeeze=False)
+        panel = iter(axes[0])
+        steps_axis = next(panel)
+        _curves(steps_axis, document, trials, "equal_steps", scale=dict.fromkeys(names, 1.0))
+        steps_axis.set(xlabel="step", ylabel=config["metric"], title=f"equal steps ({config['steps']})")
+        if document["equal_wall"]:
+            wall_axis = next(panel)
+            scale = {name: document["step_time"][name]["ms"] / 1e3 for name in names}
+            _curves(wall_axis, document, trials, "equal_wall", scale=scale)
+            wall_axis.set(xlabel="seconds of training", title="equal wall time")
+            limits = [axis.get_ylim() for axis in (steps_axis, wall_axis)]
+            wall_axis.sharey(steps_axis)
+            steps_axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        if searched:
+            _sensitivity(next(panel), document, trials)
+        handles, labels = steps_axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4))
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def _curves(
+    axis: Axes,
+    document: Mapping[str, Any],
+    trials: Mapping[Trial, dict[str, Any]],
+    part: str,
+    scale: Mapping[str, float],
+) -> None:
+    """Mean over seeds with a band from the best to the worst seed."""
+    ends = []
+    for name, row in document[part].items():
+        setting = tuple(document["best"][name].values())
+        curves = [
+            result["curve"]
+            for trial, result in trials.items()
+            if (trial.optimizer, trial.steps, str(trial.seed)) in {(name, row["steps"], s) for s in row["losses"]}
+            and (trial.lr, trial.second) == setting
+        ]
+        common = min(map(len, curves))
+        if common == 0:
+            continue
+        steps = np.array([step for step, _ in curves[0][:common]]) * scale[name]
+        losses = np.array([[loss for _, loss in curve[:common]] for curve in curves])  # [seeds, evaluations]
+        axis.fill_between(steps, losses.min(0), losses.max(0), color=COLORS[name], alpha=0.15, linewidth=0)
+        axis.plot(
+            steps, losses.mean(0), color=COLORS[name], linestyle="-" if name in OURS else "--",
+            linewidth=1.8, label=OPTIMIZERS[name].title,
+            zorder=2 if name in OURS else 3,  # dashes over a line that is the same
+        )  # fmt: skip
+        ends.append(losses)
+    _zoom(axis, ends)
+
+
+def _zoom(axis: Axes, ends: list[np.ndarray]) -> None:
+    """Cut the first tenth of the descent, which is alike for all, off the top."""
+    if not ends:
+        return
+    lowest, highest = min(losses.min() for losses in ends), max(losses.max() for losses in ends)
+    if 0 < 100 * lowest < highest:
+        axis.set_yscale("log")
+        return
+    top = max(losses[:, max(1, losses.shape[1] // 8)].max() for losses in ends if losses.shape[1] > 1)
+    axis.set_ylim(lowest - 0.05 * (top - lowest), top)
+
+
+def _sensitivity(axis: Axes, document: Mapping[str, Any], trials: Mapping[Trial, dict[str, Any]]) -> None:
+    """The best loss at each learning rate, over the values of the second hyper-parameter."""
+    config, finite = document["config"], []
+    for name, best in document["best"].items():
+        losses: dict[float, list[float]] = {}
+        for trial, result in trials.items():
+            key = (trial.optimizer, trial.seed, trial.steps)
+            if key == (name, config["tuning_seed"], config["tune_steps"]) and result["loss"] is not None:
+                losses.setdefault(trial.lr, []).append(result["loss"])
+        rates = sorted(losses)
+        values = [min(losses[rate]) for rate in rates]
+        style = dict(color=COLORS[name], linestyle="-" if name in OURS else "--", marker="o", markersize=4)
+        axis.plot(rates, values, **style)
+        if best["lr"] in losses:
+            axis.plot(best["lr"], min(losses[best["lr"]]), "*", color=COLORS[name], markersize=13)
+        finite += values
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set(xlabel="learning rate", title="search on one seed (star: chosen)")
+    if finite and min(finite) > 0 and max(finite) / min(finite) > 100:
+        axis.set_yscale("log")
+
+
+def draw_toy(document: Mapping[str, Any], path: Path) -> Path:
+    """The paths of momentum and delta momentum, tuned on the start that is drawn, over the contours of each valley."""
+    valleys = list({tuple(run["valley"].values()): None for run in document["runs"]})
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(1, len(valleys), figsize=(3.6 * len(valleys), 3.9), sharey=True)
+        for axis, (k, a, omega) in zip(axes, valleys, strict=True):
+            runs = [
+                run
+                for run in document["runs"]
+                if tuple(run["valley"].values()) == (k, a, omega) and run["tuned_on"] == 1
+            ]
+            r, theta = np.meshgrid(np.linspace(-5, 5, 500), np.linspace(-5, 4, 400))
+            height = np.log10(r**2 + k * (r - theta + a * np.sin(omega * r)) ** 2 + 1e-3)
+            axis.contourf(r, theta, height, levels=24, cmap="Greys", alpha=0.55)
+            for name, color in {"momentum": COLORS["muon"], "delta_momentum": COLORS["delta_momentum"]}.items():
+                run = next(run for run in runs if run["optimizer"] == name)
+                style = dict(color=color, marker=".", markersize=4, linewidth=1.2)
+                beside = "/".join(str(steps or "never") for steps in run["steps"][1:])
+                label = f"{name}: {len(run['path']) - 1} steps\n(starts beside it: {beside})"
+                axis.plot(*np.array(run["path"]).T, **style, label=label)
+            axis.plot(*document["starts"][0], "k^", markersize=7)
+            axis.plot(0, 0, "k*", markersize=11, zorder=3)
+            axis.set(xlim=(-5, 5), ylim=(-5, 4), xlabel="r", title=f"k = {k:g}, a = {a:g}, ω = {omega:g}")
+            axis.legend(loc="lower right", fontsize=7.5, frameon=True, framealpha=0.85)
+        axes[0].set_ylabel("θ")
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
+    """Ratio of step times to AdamW's, with quartiles; milliseconds and state beside the bars."""
+    shapes = document["shapes"]
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(1, len(shapes), figsize=(4.4 * len(shapes), 3.4), sharey=True, squeeze=False)
+        for axis, (shape, result) in zip(axes[0], shapes.items(), strict=True):
+            arms = result["arms"]
+            for row, (arm, numbers) in enumerate(arms.items()):
+                name = arm.partition(" ")[0]
+                spread = [[numbers["ratio"] - numbers["ratio_q1"]], [numbers["ratio_q3"] - numbers["ratio"]]]
+                fade = 0.45 if arm != name else 0.9
+                axis.barh(row, numbers["ratio"], xerr=spread, color=COLORS[name], alpha=fade, error_kw={"lw": 1})
+                note = f"  {numbers['ms']:.3g} ms, {numbers['state_bytes_per_parameter']:.3g} B"
+                axis.text(numbers["ratio_q3"], row, note, va="center", fontsize=8)
+            titles = [OPTIMIZERS[arm].title if arm in OPTIMIZERS else "AdamW again" for arm in arms]
+            axis.set_yticks(range(len(arms)), titles)
+            axis.set(xscale="log", title=f"{shape}, {result['parameters'] / 1e6:.2f}M parameters")
+            axis.set_xlim(min(0.3, *(n["ratio_q1"] for n in arms.values())), 6 * max(n["ratio"] for n in arms.values()))
+            axis.axvline(1, color="black", linewidth=0.8)
+        axes[0][0].invert_yaxis()
+        label = "time of one step relative to fused AdamW (then milliseconds, bytes of state per parameter)"
+        figure.supxlabel(label, fontsize=10)
+        figure.savefig(path)
+        plt.close(figure)
+    return path

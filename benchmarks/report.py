@@ -1,0 +1,109 @@
+"""What the trials say together: means, spreads, steps to a target, warnings; and the table that prints them."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .optimizers import OPTIMIZERS, Setting
+from .training import Trial
+from .trials import Results
+
+TARGETS = ("adamw", "muon")  # whose final mean loss the others are timed to
+
+
+def edges(best: Mapping[str, Setting], task: str) -> list[str]:
+    """A warning for every best value that has no searched value beyond it: the true best may lie outside."""
+    warnings = []
+    for name, at in best.items():
+        entry = OPTIMIZERS[name]
+        for label, value, grid in (("lr", at.lr, entry.lrs(task)), (entry.second, at.second, entry.seconds)):
+            if value in (min(grid), max(grid)):
+                warnings.append(f"{name}: the best {label}, {value:g}, is at the edge of its grid")
+    return warnings
+
+
+def summarize_runs(runs: Mapping[str, list[Trial]], results: Results) -> dict[str, dict[str, Any]]:
+    """Per optimizer: final losses by seed, their mean, spread and worst, and the steps to each target."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name, trials in runs.items():
+        outcomes = [results.trials[trial] for trial in trials]
+        losses = [outcome["loss"] for outcome in outcomes]
+        finite = [loss for loss in losses if loss is not None]
+        whole = len(finite) == len(losses)  # one diverged seed leaves no mean
+        summary[name] = {
+            "steps": trials[0].steps,
+            "losses": dict(zip([str(trial.seed) for trial in trials], losses, strict=True)),
+            "mean": statistics.mean(finite) if whole else None,
+            "sd": statistics.stdev(finite) if whole and len(finite) > 1 else None,
+            "worst": max(finite) if whole else None,
+            "diverged": len(losses) - len(finite),
+        }
+        extras = [key for key in outcomes[0]["scores"] if key != "loss"]
+        if whole:
+            summary[name] |= {key: statistics.mean(outcome["scores"][key] for outcome in outcomes) for key in extras}
+    for target in TARGETS:
+        goal = summary.get(target, {}).get("mean")
+        for name, trials in runs.items():
+            curve = mean_curve([results.trials[trial]["curve"] for trial in trials])
+            summary[name][f"steps_to_{target}"] = None if goal is None else steps_to(goal, curve)
+    return summary
+
+
+def mean_curve(curves: list[list[Any]]) -> list[tuple[int, float]]:
+    """The mean over seeds, as far as all seeds go."""
+    return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=False)]
+
+
+def steps_to(goal: float, curve: list[tuple[int, float]]) -> float | None:
+    """The first step at or below `goal`, interpolated between two evaluations; None if it is never reached."""
+    before: tuple[int, float] | None = None
+    for step, loss in curve:
+        if loss <= goal:
+            if before is None or math.isclose(before[1], loss):
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - goal) / (before[1] - loss)
+        before = (step, loss)
+    return None
+
+
+def print_report(document: dict[str, Any], console: Console) -> None:
+    """The table, the meaning of its columns, and the warnings."""
+    config, times, wall = document["config"], document["step_time"], document["equal_wall"]
+    reference = document["wall_reference"]
+    table = Table(title=f"{config['task']}: {config['metric']}", title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("setting")
+    for heading in (
+        f"after {config['steps']} steps", "steps to reach\nAdamW | Muon", "ms a step\n(to AdamW)",
+        f"in the time of\n{config['steps']} {reference} steps",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in document["equal_steps"].items():
+        timed = wall.get(name)
+        table.add_row(
+            OPTIMIZERS[name].title,
+            " ".join(f"{key}={value:g}" for key, value in document["best"][name].items()),
+            _loss(row),
+            " | ".join("-" if row[f"steps_to_{who}"] is None else f"{row[f'steps_to_{who}']:.0f}" for who in TARGETS),
+            f"{times[name]['ms']:.1f} ({times[name]['ratio']:.2f}x)",
+            f"{_loss(timed)} @{timed['steps']}" if timed else "-",
+        )
+    console.print(table)
+    again = times["adamw (again)"]
+    console.print(
+        f"mean ± standard deviation (worst) over seeds {config['seeds']}; @n: the steps that fit into the time.\n"
+        f"AdamW timed against itself: {again['ratio']:.3f} [{again['ratio_q1']:.3f}, {again['ratio_q3']:.3f}].",
+        highlight=False,
+    )
+    for warning in document["edges"]:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _loss(row: dict[str, Any]) -> str:
+    if row["mean"] is None:
+        return f"{row['diverged']} of {len(row['losses'])} diverged"
+    return f"{row['mean']:.4g} ± {row['sd'] or 0:.2g} ({row['worst']:.4g})"

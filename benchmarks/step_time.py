@@ -1,0 +1,157 @@
+"""What `optimizer.step()` alone costs: milliseconds in paired shuffled rounds, and bytes of state per parameter.
+
+Every arm has its own copy of the parameters and random gradients of a realistic size; AdamW runs twice, and how far
+the two come apart is how far any other ratio may be trusted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from .measure import command, machine, paired_rounds, summarize, versions
+from .optimizers import OPTIMIZERS, Setting, build
+from .plots import draw_step_time
+from .tasks.text import ByteGPT
+
+AGAIN = "adamw (again)"
+GRADIENT_SIZE = 1e-3
+DEFAULT = ("adamw", "sgd", "muon", "momentum", "preconditioned_momentum", "delta_momentum")
+
+
+class Layers(nn.Module):
+    """Linear layers of the given [outputs, inputs], each with a bias."""
+
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList([nn.Linear(inputs, outputs) for outputs, inputs in shapes])
+
+
+class Stage:
+    """What `build` asks of a task."""
+
+    aux_lr = 1e-3
+    weight_decay = 1e-2
+
+    def __init__(self, memory: tuple[str, ...]) -> None:
+        self.memory = memory
+
+
+def gpt2_block(width: int) -> list[tuple[int, int]]:
+    """The matrices of one block: attention in and out, MLP up and down."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+
+
+SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "text": (ByteGPT, ()),
+    "small": (lambda: Layers([(64, 64)] * 48), ("hidden",)),
+    "gpt2-quarter": (lambda: Layers(gpt2_block(192) * 12), ("hidden",)),  # 12 layers, a quarter of the width
+    "gpt2-block": (lambda: Layers(gpt2_block(768)), ("hidden",)),  # one layer of the 124M model
+    "gpt2": (lambda: Layers(gpt2_block(768) * 12), ("hidden",)),
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks step_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="text,small,gpt2-quarter,gpt2-block", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--optimizers", default=",".join(DEFAULT), help=f"of {', '.join(OPTIMIZERS)}")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--steps-per-call", type=int, default=1, help="10 for what works every tenth step, like SOAP")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step_time.json")
+    parser.add_argument("--plot-only", type=Path, metavar="FILE", help="only draw the plot of a JSON file")
+    args = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    if args.plot_only:
+        document = json.loads(args.plot_only.read_text())
+        console.print(f"plot: {draw_step_time(document, args.plot_only.with_suffix('.png'))}")
+        return 0
+    torch.set_num_threads(args.threads)
+    names = [name for name in OPTIMIZERS if name in {"adamw", *args.optimizers.split(",")}]
+    document: dict[str, Any] = {
+        "benchmark": "step_time", "command": command("step_time", arguments), "machine": machine(),
+        "versions": versions(), "device": args.device, "rounds": args.rounds, "shapes": {},
+    }  # fmt: skip
+    for shape in args.shapes.split(","):
+        console.print(f"timing {', '.join(names)} on {shape} ...", highlight=False)
+        document["shapes"][shape] = measure(shape, names, args)
+        console.print(_table(shape, document["shapes"][shape]))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(document, indent=1) + "\n")
+    plot = draw_step_time(document, args.output.with_suffix(".png"))
+    console.print(f"numbers: {args.output}\nplot:    {plot}")
+    return 0
+
+
+def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Times and state of every optimizer on one set of shapes."""
+    make, memory = SHAPES[shape]
+    arms: dict[str, Callable[[], None]] = {}
+    state, count = {}, 0
+    for arm in (*names, AGAIN):
+        name = "adamw" if arm == AGAIN else arm
+        model = make().to(args.device)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param) * GRADIENT_SIZE
+        lr = min(OPTIMIZERS[name].lowest_lr.values())
+        setting = Setting(lr, OPTIMIZERS[name].seconds[1])
+        optimizers = build(name, Stage(memory), model, setting, warmup=1)
+        for optimizer in optimizers:
+            if hasattr(optimizer, "train"):  # schedule-free AdamW steps in this mode only
+                optimizer.train()
+            optimizer.step()
+        count = sum(param.numel() for param in model.parameters())
+        state[arm] = state_bytes(optimizers) / count
+        arms[arm] = _arm(optimizers, args.steps_per_call, args.device)
+    times = summarize(paired_rounds(arms, rounds=args.rounds), reference="adamw")
+    for numbers in times.values():
+        numbers |= {key: numbers[key] / args.steps_per_call for key in ("ms", "min_ms")}
+    return {
+        "parameters": count,
+        "arms": {arm: times[arm] | {"state_bytes_per_parameter": state[arm]} for arm in arms},
+    }
+
+
+def state_bytes(optimizers: list[Optimizer]) -> int:
+    """Bytes of all tensors the optimizers keep, nested ones included."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
+
+    return sum(size(dict(optimizer.state)) for optimizer in optimizers)
+
+
+def _arm(optimizers: list[Optimizer], steps: int, device: str) -> Callable[[], None]:
+    def arm() -> None:
+        for _ in range(steps):
+            for optimizer in optimizers:
+                optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return arm
+
+
+def _table(shape: str, result: dict[str, Any]) -> Table:
+    table = Table(title=f"{shape}: {result['parameters'] / 1e6:.2f}M parameters", title_justify="left")
+    for heading in ("optimizer", "ms a step", "to AdamW", "quartiles", "state, bytes a parameter"):
+        table.add_column(heading, justify="left" if heading == "optimizer" else "right", no_wrap=True)
+    for arm, numbers in result["arms"].items():
+        quartiles = f"[{numbers['ratio_q1']:.2f}, {numbers['ratio_q3']:.2f}]"
+        state = f"{numbers['state_bytes_per_parameter']:.2f}"
+        title = "AdamW again" if arm == AGAIN else OPTIMIZERS[arm].title
+        table.add_row(title, f"{numbers['ms']:.3f}", f"{numbers['ratio']:.2f}", quartiles, state)
+    return table

@@ -1,0 +1,121 @@
+"""Next-byte prediction with a small GPT; by default on the source of the interpreter's own standard library."""
+
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import Batch
+from .corpus import read_text
+
+CONTEXT = 64
+BATCH = 16
+VALIDATION_WINDOWS = 256
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; both branches start at zero, so the block starts as the identity."""
+
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)  # [B, 3H, T, D/H]
+        query, key, value = heads.chunk(3, dim=1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ByteGPT(nn.Module):
+    """A GPT over bytes; the head starts at zero, so the first loss is exactly log 256."""
+
+    def __init__(self, width: int = 128, depth: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        nn.init.zeros_(self.head.weight)
+        for embedding in (self.embedding, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, 256]
+        position = self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(self.embedding(tokens) + position)))
+
+
+class Text:
+    """Byte-level language modelling: 16 x 64 bytes a step; the loss is in nats per byte.
+
+    Args:
+        corpus: "stdlib", "imdb", "newsgroups" or "shakespeare"; see corpus.py.
+        data: a text file of your own instead.
+        width, depth, heads: size of the model.
+    """
+
+    name = "text"
+    metric = "validation loss (nats per byte)"
+    steps = 600
+    aux_lr = 3e-3
+    weight_decay = 1e-2
+    memory = ()
+
+    def __init__(
+        self, corpus: str = "stdlib", data: str | None = None, width: int = 128, depth: int = 3, heads: int = 4
+    ) -> None:
+        self.corpus = data or corpus
+        self.model_options = dict(width=width, depth=depth, heads=heads)
+        train, validation = read_text(corpus, data)
+        self.digest = sha256(train + b"\0" + validation).hexdigest()
+        self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
+        held_out = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
+        starts = torch.linspace(0, len(held_out) - CONTEXT - 1, VALIDATION_WINDOWS).long()
+        self.validation = self._windows(held_out, starts)
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return ByteGPT(**self.model_options)
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        rng = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            yield self._windows(self.train, torch.randint(len(self.train) - CONTEXT, (BATCH,), generator=rng))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, targets = batch
+        return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        chunks = zip(*(part.split(BATCH) for part in self.validation), strict=True)
+        return {"loss": torch.stack(list(map(partial(self.loss, model), chunks))).mean().item()}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus,
+            "corpus_sha256": self.digest,
+            "train_bytes": len(self.train),
+            "validation_bytes": self.validation[0].numel(),
+            "batch": [BATCH, CONTEXT],
+            **self.model_options,
+        }
+
+    @staticmethod
+    def _windows(text: Tensor, starts: Tensor) -> Batch:
+        window = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()  # [B, T + 1]
+        return window[:, :-1], window[:, 1:]

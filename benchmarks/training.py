@@ -1,0 +1,107 @@
+"""One training run, described by plain values so that it can run in any process and be found again in a file."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .optimizers import OPTIMIZERS, Setting, build
+from .tasks import Task, make_task
+
+WARMUP_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Everything that decides the outcome of a run, besides the machine."""
+
+    task: str
+    options: tuple[tuple[str, Any], ...]
+    optimizer: str
+    lr: float
+    second: float
+    seed: int
+    steps: int
+    eval_every: int
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.lr, self.second)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Trial":
+        return cls(**values | {"options": tuple(values["options"].items())})
+
+
+# One task per process: reading a corpus costs more than a step, and the trials of a run share it.
+cached_task = cache(lambda name, options: make_task(name, **dict(options)))
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Train once. A run that leaves the finite numbers ends there: {"diverged": True, "loss": None}."""
+    task = cached_task(trial.task, trial.options)
+    model = task.model(trial.seed)
+    entry = OPTIMIZERS[trial.optimizer]
+    warmup = min(WARMUP_STEPS, max(1, trial.steps // 10))
+    optimizers = build(trial.optimizer, task, model, trial.setting, warmup=warmup)
+    curve: list[tuple[int, float]] = []
+    scores: dict[str, float] = {}
+    start = time.perf_counter()
+    for step, batch in enumerate(task.batches(trial.seed, trial.steps), start=1):
+        if entry.scheduled:
+            scale_rates(optimizers, relative_rate(step, trial.steps, warmup))
+        loss = train_step(task, model, optimizers, batch)
+        if step % trial.eval_every == 0 or step == trial.steps:
+            scores = _evaluate(task, model, optimizers)
+            curve.append((step, scores["loss"]))
+        if not math.isfinite(loss) or (curve and not math.isfinite(curve[-1][1])):
+            finite = [point for point in curve if math.isfinite(point[1])]
+            return {"diverged": True, "loss": None, "curve": finite, "scores": {}, "stopped": step}
+    seconds = time.perf_counter() - start
+    return {"diverged": False, "loss": curve[-1][1], "curve": curve, "scores": scores, "seconds": seconds}
+
+
+def train_step(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimizer], batch: Any) -> float:
+    """Forward, backward and step; the training loss."""
+    model.train()
+    for optimizer in optimizers:
+        _mode(optimizer, "train")
+    loss = task.loss(model, batch)
+    model.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
+
+
+def relative_rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then linear decay that would reach zero one step after the last; steps count from 1."""
+    return min(step / warmup, (steps + 1 - step) / (steps + 1 - warmup), 1.0)
+
+
+def scale_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Set every group's lr to `factor` times the one it was built with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def _evaluate(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, float]:
+    model.eval()
+    for optimizer in optimizers:
+        _mode(optimizer, "eval")
+    return task.evaluate(model)
+
+
+def _mode(optimizer: Optimizer, mode: str) -> None:
+    """Schedule-free optimizers keep two sets of weights and must be told which one to show."""
+    if hasattr(optimizer, mode):
+        getattr(optimizer, mode)()

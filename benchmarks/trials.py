@@ -1,0 +1,106 @@
+"""Run many trials over worker processes, show how long is left, and keep each finished one in a file at once."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .training import Trial, run_trial
+
+Result = dict[str, Any]
+
+
+class Results:
+    """A benchmark's JSON file; `document` is everything in it but the trials."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        self.document: dict[str, Any] = {}
+        self.trials: dict[Trial, Result] = {}
+        if resume and path.exists():
+            self.document = json.loads(path.read_text())
+            for record in self.document.pop("trials", []):
+                self.trials[Trial.from_json(record["trial"])] = record["result"]
+
+    def save(self) -> None:
+        """Write beside the file, then move over it: an interruption leaves the old file or the new one."""
+        records = [{"trial": trial.to_json(), "result": result} for trial, result in self.trials.items()]
+        text = json.dumps(self.document | {"trials": records}, indent=1, allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".json.part")
+        draft.write_text(text + "\n")
+        os.replace(draft, self.path)
+
+
+class Meter:
+    """A progress bar counted in training steps; plain lines where the output is no terminal."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total, self.done, self.start = total_steps, 0, time.perf_counter()
+        columns = (TextColumn("{task.description:<48}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        # The estimate looks at the whole run: trials finish in lumps, which the usual 30 seconds cannot average.
+        self.bar = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            speed_estimate_period=1e9, disable=not sys.stdout.isatty(),
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total_steps)
+
+    def __enter__(self) -> "Meter":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def advance(self, phase: str, trial: Trial, result: Result) -> None:
+        """Count a finished trial and show it."""
+        self.done += trial.steps
+        loss = "diverged" if result["diverged"] else f"{result['loss']:.4g}"
+        line = f"{phase}: {trial.optimizer} lr={trial.lr:g} seed={trial.seed} -> {loss}"
+        self.bar.update(self.task, description=line, completed=self.done, total=max(self.total, self.done))
+        if self.bar.disable:
+            elapsed = time.perf_counter() - self.start
+            left = elapsed * max(self.total - self.done, 0) / self.done
+            print(f"{line}  [{elapsed:.0f} s, about {left:.0f} s left]", flush=True)
+
+    def skip(self, steps: int) -> None:
+        """Trials that need not be run."""
+        self.total -= steps
+
+
+def run_trials(phase: str, trials: Iterable[Trial], results: Results, meter: Meter, workers: int) -> list[Result]:
+    """The result of every trial, in order; only those not yet in `results` are run."""
+    trials = list(trials)
+    missing = list(dict.fromkeys(trial for trial in trials if trial not in results.trials))
+    meter.skip(sum(trial.steps for trial in trials) - sum(trial.steps for trial in missing))
+    for trial, result in _finished(missing, workers):
+        results.trials[trial] = result
+        results.save()
+        meter.advance(phase, trial, result)
+    return [results.trials[trial] for trial in trials]
+
+
+def _finished(trials: list[Trial], workers: int) -> Iterator[tuple[Trial, Result]]:
+    workers = min(workers, len(trials))
+    if workers <= 1:
+        yield from map(_run, trials)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, _start_worker) as pool:  # leaving it ends the workers
+        yield from pool.imap_unordered(_run, trials)
+
+
+def _run(trial: Trial) -> tuple[Trial, Result]:
+    return trial, run_trial(trial)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
