@@ -31,7 +31,7 @@ STEPS_PER_CALL = 10  # SOAP and the like do some of their work every tenth step 
 TUNING_SEED = 0
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(task="text", steps=250, seeds=[1, 2], optimizers="adamw,muon,delta_momentum", tune=False, rounds=5),
-    "full": dict(task="text"),
+    "full": dict(task="text", tune_steps=300),
 }
 
 

@@ -133,13 +133,12 @@ OPTIMIZERS = {
     ),
 }  # fmt: skip
 
-# The best points by task, for runs that do not search. Text: found by
-# `python -m benchmarks convergence --steps 250 --optimizers adamw,muon,delta_momentum`.
+# The best points by task, for runs that do not search. Text: found by `python -m benchmarks convergence --preset full`.
 TUNED = {
     "text": {
-        "adamw": Setting(lr=6e-3, second=0.95),
+        "adamw": Setting(lr=3e-3, second=0.9),
         "muon": Setting(lr=1.2e-2, second=0.8),
-        "delta_momentum": Setting(lr=1.2e-2, second=0.9),
+        "delta_momentum": Setting(lr=1.2e-2, second=0.95),
     },
 }
 

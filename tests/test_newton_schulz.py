@@ -104,6 +104,11 @@ def test_result_has_the_dtype_of_the_matrix(dtype):
     torch.testing.assert_close(out.double(), newton_schulz(make((8, 6))), rtol=0, atol=0.05)  # bfloat16 keeps 8 bits
 
 
+def test_scale_multiplies_the_result():
+    matrix = make((5, 8))
+    torch.testing.assert_close(newton_schulz(matrix, scale=3.0), 3.0 * newton_schulz(matrix))
+
+
 def test_working_precision_can_be_chosen():
     """float32 is exact to float32; bfloat16 is not, so that the choice is seen to have an effect."""
     matrix = make((16, 24))

@@ -43,6 +43,7 @@ def newton_schulz(
     *,
     steps: int = 5,
     coefficients: Coefficients = "muon",
+    scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # [..., m, n], the dtype of `matrix`
     """Return the nearest semi-orthogonal matrix, approximately; see the module docstring for the iteration.
@@ -56,6 +57,7 @@ def newton_schulz(
         steps: iterations; 5 is Muon's choice.
         coefficients: "muon" (one polynomial, fast and loose) or "polar_express" (the best polynomial of each step,
             which converges: 7 steps bring all above 1e-3 within 1e-5 of 1, in float32).
+        scale: of the result; it rides on the last iteration and costs nothing.
         dtype: working precision; by default bfloat16 on accelerators and on CPUs that multiply it natively, float32
             on other CPUs, float64 for float64 matrices.
 
@@ -64,15 +66,17 @@ def newton_schulz(
     """
     if matrix.ndim < 2:
         raise ValueError(f"newton_schulz takes matrices [..., m, n], got a tensor of shape {tuple(matrix.shape)}")
-    polynomials = _polynomials(coefficients, steps)
+    *polynomials, (a, b, c) = _polynomials(coefficients, steps)
+    polynomials.append((scale * a, scale * b, scale * c))
     if matrix.numel() == 0:
         return matrix.clone()
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = _unit_norm(matrix).to(dtype or working_dtype(matrix))
-    x = (x.mT if tall else x).reshape(-1, *sorted(matrix.shape[-2:]))  # [B, m, n], m ≤ n
+    x = (x.mT if tall else x).reshape(-1, *sorted(matrix.shape[-2:])).squeeze(0)  # [B, m, n] or [m, n], m ≤ n
+    product = torch.addmm if x.ndim == 2 else torch.baddbmm  # a stack of one is slower
     for a, b, c in polynomials:
         gram = x @ x.mT  # [B, m, m]
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a X + (b A + c A²) X
+        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a X + (b A + c A²) X
     return (x.mT if tall else x).reshape(matrix.shape).to(matrix.dtype)
 
 
@@ -95,7 +99,7 @@ def _polynomials(coefficients: Coefficients, steps: int) -> list[tuple[float, fl
 
 
 def _unit_norm(matrix: Tensor) -> Tensor:
-    """M / ‖M‖_F in two divisions, so that neither huge nor tiny entries are squared."""
-    tiny = torch.finfo(matrix.dtype).tiny
-    matrix = matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
-    return matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=tiny)
+    """M / ‖M‖_F; the norm in float64, where the squares of no float32 number overflow or vanish."""
+    exact = matrix.dtype if matrix.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=exact).to(matrix.dtype)
+    return matrix / norm.clamp(min=torch.finfo(matrix.dtype).tiny)

@@ -82,8 +82,8 @@ class ExactStateMixin(Optimizer):
 
 
 def _restored(value: Any, expected: Tensor, device: torch.device) -> Tensor:
-    """A copy of `value` where and in the dtype in which this algorithm would keep it, and laid out as it views it."""
+    """A copy of `value` where and in the dtype in which this algorithm would keep it."""
     device = torch.device("cpu") if expected.is_cpu else device
     if not isinstance(value, Tensor):  # `step` was a number before torch 1.12
         return torch.tensor(float(value), dtype=expected.dtype, device=device)
-    return value.to(device, expected.dtype, copy=True, memory_format=torch.contiguous_format)
+    return value.to(device, expected.dtype, copy=True)

@@ -38,11 +38,11 @@ def apply_output(
 ) -> Tensor:  # [B, m, n]
     """Return σ(`direction`); "adam" takes `written` into its second moment first."""
     if group["output"] == "newton_schulz":
-        unit = newton_schulz(direction, steps=group["ns_steps"], coefficients=group["ns_coefficients"])
-        return unit * (_ADAMW_RMS * max(direction.shape[-2:]) ** 0.5)
+        scale = _ADAMW_RMS * max(direction.shape[-2:]) ** 0.5
+        return newton_schulz(direction, steps=group["ns_steps"], coefficients=group["ns_coefficients"], scale=scale)
     if group["output"] == "adam":
         momentum, (_, beta2) = group["momentum"], group["adamw_betas"]
-        state["exp_avg_sq"] = state["exp_avg_sq"].lerp(written.square(), 1 - beta2)
+        state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(written, written, value=1 - beta2)
         step = state["step"].to(direction)  # [B, 1, 1]
         average = (1 - momentum) / weight_seen(momentum, step + group["nesterov"]) * direction
         return average / ((state["exp_avg_sq"] / weight_seen(beta2, step)).sqrt() + group["adamw_eps"])

@@ -142,7 +142,7 @@ class PreconditionedMomentum(MemoryOptimizer):
     def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         kind, beta = group["preconditioner"], group["precondition_beta"]
         if kind == "diagonal":
-            second = state["preconditioner.exp_avg_sq"].lerp(grad.square(), 1 - beta)
+            second = (beta * state["preconditioner.exp_avg_sq"]).addcmul_(grad, grad, value=1 - beta)
             state["preconditioner.exp_avg_sq"] = second
             return grad / ((second / weight_seen(beta, state["step"].to(grad))).sqrt() + group["adamw_eps"])
         if kind == "shampoo":
