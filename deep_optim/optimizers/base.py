@@ -25,7 +25,7 @@ from .sharding import local, local_of, whole
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
 _STACK_NUMEL = 2**24  # 64 MB in float32: enough to fill a device, small beside a model
-_CPU_STACK_NUMEL = 2**17  # 0.5 MB, which stays in a core's cache; larger temporaries cost a page fault each time
+_CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporaries cost a page fault each time
 
 
 class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
@@ -186,7 +186,8 @@ def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
     for param in params:
         groups.setdefault((type(param), param.shape, param.dtype, param.device), []).append(param)
     for members in groups.values():
-        size = max(1, (_CPU_STACK_NUMEL if members[0].is_cpu else _STACK_NUMEL) // members[0].numel())
+        size = (_CPU_STACK_NUMEL if members[0].is_cpu else _STACK_NUMEL) // members[0].numel()
+        size = size if size >= 4 else 1  # a stack of two or three large matrices costs more copies than it saves calls
         for start in range(0, len(members), size):
             yield members[start : start + size]
 
