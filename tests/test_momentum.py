@@ -173,3 +173,13 @@ def test_rule_adamw_is_torch_adamw_for_matrices_too():
         theirs.step()
     torch.testing.assert_close(params, others)
     assert ours.state[params[0]].keys() == theirs.state[others[0]].keys()
+
+
+def test_state_of_another_size_is_refused_and_nothing_is_replaced():
+    (saved,), (param,) = make_params([(4, 6)], torch.float64), make_params([(6, 4)], torch.float64)
+    train(before := Momentum([saved]), [saved], range(2))
+    train(optimizer := Momentum([param]), [param], range(2))
+    memory = optimizer.state[param]["memory"].clone()
+    with pytest.raises(ValueError, match=r"memory of size \(4, 6\) for a parameter of size \(6, 4\)"):
+        optimizer.load_state_dict(before.state_dict())
+    assert torch.equal(optimizer.state[param]["memory"], memory)
