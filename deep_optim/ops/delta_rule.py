@@ -66,9 +66,7 @@ if HAS_TRITON:
     ):  # fmt: skip
         """One [BLOCK_M, BLOCK_D] tile of decay · M − rate · L R; the product never reaches memory."""
         tiles_d, tiles = tl.cdiv(d, BLOCK_D), tl.cdiv(m, BLOCK_M) * tl.cdiv(d, BLOCK_D)
-        program = tl.program_id(0).to(
-            tl.int64
-        )  # int64: batch · m · d overflows int32; one axis: the others end at 65535
+        program = tl.program_id(0).to(tl.int64)  # one axis: the others end at 65535; int64: batch · m · d is large
         batch, tile = program // tiles, program % tiles
         rows = tile // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tile % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -39,11 +39,11 @@ class ExactStateMixin(Optimizer):
         def check(optimizer: Optimizer, state_dict: StateDict) -> None:  # after the user's hooks
             loaded.update(state_dict)
             for param, group, saved in self._pairs(loaded):
-                self._check_state(param, {**self.group_defaults, **self.defaults, **group}, saved)
+                self._check_state(param, group, saved)
 
         def restore(optimizer: Optimizer) -> None:  # before the user's hooks
             for param, group, saved in self._pairs(loaded):
-                expected = self.new_state(param.to("meta"), {**self.group_defaults, **self.defaults, **group})
+                expected = self.new_state(param.to("meta"), group)
                 for name, value in saved.items():
                     if name in expected:
                         self.state[param][name] = _restored(value, expected[name], param.device)
@@ -59,11 +59,12 @@ class ExactStateMixin(Optimizer):
                 handle.remove()
 
     def _pairs(self, state_dict: StateDict) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-        """Each parameter with its saved group and its saved state, where there is one."""
+        """Each parameter with its saved group, completed by defaults, and its saved state, where there is one."""
+        defaults = {**self.group_defaults, **self.defaults}
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for param, index in zip(group["params"], saved_group["params"], strict=False):
                 if state_dict["state"].get(index):
-                    yield param, saved_group, state_dict["state"][index]
+                    yield param, {**defaults, **saved_group}, state_dict["state"][index]
 
     def _check_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         expected = self.new_state(param.to("meta"), group)
