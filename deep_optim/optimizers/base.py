@@ -24,6 +24,12 @@ from .output_map import OutputMap, apply_output, init_output_state
 from .sharding import local, local_of, whole
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
+# The older name is for torch before it had the newer one, and warns where it has both.
+_check_graph_capture: Callable[[torch.optim.Optimizer], None] = (
+    getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
+    or torch.optim.Optimizer._cuda_graph_capture_health_check
+)
+
 _STACK_NUMEL = 2**24  # 64 MB in float32: enough to fill a device, small beside a model
 _CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporaries cost a page fault each time
 
@@ -113,7 +119,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Perform a single optimization step and return the closure's loss, if there is one."""
-        self._accelerator_graph_capture_health_check()
+        _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
