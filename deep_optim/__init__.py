@@ -1,9 +1,10 @@
 """Optimizers as associative memories: drop-in `torch.optim` replacements from Nested Learning (arXiv:2512.24695)."""
 
 from .optimizers.delta_momentum import DeltaMomentum
+from .optimizers.dmgd import DMGD
 from .optimizers.momentum import Momentum
 from .optimizers.preconditioned_momentum import PreconditionedMomentum
 from .routing import param_groups
 
-__all__ = ["DeltaMomentum", "Momentum", "PreconditionedMomentum", "param_groups"]
+__all__ = ["DMGD", "DeltaMomentum", "Momentum", "PreconditionedMomentum", "param_groups"]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deep_optim import DeltaMomentum, Momentum, PreconditionedMomentum
+from deep_optim import DMGD, DeltaMomentum, Momentum, PreconditionedMomentum
 from problem import make_params, train
 
 LR = 2.0**-6  # exact in every dtype, so that a tensor can hold what a float holds
@@ -84,7 +84,13 @@ CASES = (
     Case("delta-trace", DeltaMomentum, {"gram_norm": "trace"}),
     Case("delta-identity", DeltaMomentum, {"output": "identity", "feature_map": "identity"}),
     Case("delta-adam", DeltaMomentum, {"output": "adam", "feature_map": "tanh"}),
+    Case("delta-inner-steps", DeltaMomentum, {"inner_steps": 4, "lookahead": 2.0, "output": "adam"}),
     Case("delta-no-inner-lr", DeltaMomentum, {"inner_lr": 0.0, "feature_map": "sign"}),
+    Case("dmgd", DMGD),
+    Case("dmgd-identity", DMGD, {"output": "identity", "inner_steps": 1, "inner_lr": 0.1}),
+    Case("dmgd-adam", DMGD, {"output": "adam", "hidden_dim": 3, "hidden_lr": 0.1}),
+    Case("dmgd-skip", DMGD, {"nonfinite": "skip", "nesterov": False, "inner_steps": 4}),
+    Case("dmgd-no-hidden", DMGD, {"hidden_dim": 0}),
 )
 
 

@@ -263,12 +263,18 @@ def test_zero_gradients_at_lr_zero_change_no_later_step(case: Case) -> None:
 
 @every()
 def test_a_nan_in_the_gradient_is_never_hidden(case: Case) -> None:
-    """A normalised update must not turn a broken loss into an innocent-looking step."""
+    """A normalised update must not turn a broken loss into an innocent-looking step: it shows, or nothing moves."""
     params = make_params()
     optimizer = case.make(params)
     train(optimizer, params, [0])
+    before = snapshot(params)
     set_grads(params, 1)
     for param in params:
         param.grad.view(-1)[0] = torch.nan
-    optimizer.step()
-    assert all(param.detach().view(-1)[0].isnan() for param in params)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "not finite" in str(error)
+        assert_same(snapshot(params), before)
+    for param, old in zip(params, before, strict=True):
+        assert param.detach().view(-1)[0].isnan() or torch.equal(param, old)

@@ -123,8 +123,8 @@ def test_retention_factor_has_its_spectrum_where_stated(side, gram_norm):
     values = torch.linalg.eigvalsh(factor)
     sides = 2 if side == "both" else 1
     assert momentum - sides * rate - 0.01 <= values.min() and values.max() <= momentum + 1e-9
-    if gram_norm == "eigenvalue":  # the loudest direction is forgotten at the full rate, to the power iteration's error
-        torch.testing.assert_close(values.min(), torch.tensor(momentum - sides * rate).double(), rtol=0, atol=0.05)
+    if gram_norm == "eigenvalue":  # the loudest direction is forgotten at nearly the full rate: the bound is close
+        assert values.min() < momentum - 0.75 * sides * rate
 
 
 def _step_from(optimizer, param, memory):
@@ -162,7 +162,7 @@ def test_transposing_the_weights_swaps_the_sides(gram_norm):
 @pytest.mark.parametrize("side", SIDES)
 def test_is_stable_at_the_largest_inner_lr_on_streams_made_to_break_it(side, gram_norm):
     """New directions every step, sizes that jump by 1e6, and a first gradient of rank one."""
-    limit = 1.95 / 1.5 / (2 if side == "both" else 1)
+    limit = 1.95 / 1.05 / (2 if side == "both" else 1)
     rng = torch.Generator().manual_seed(0)
     grads, largest = [], 0.0
     for t in range(300):
@@ -178,18 +178,21 @@ def test_is_stable_at_the_largest_inner_lr_on_streams_made_to_break_it(side, gra
     assert memory.norm() < largest / (1 - 0.95)  # what plain momentum may reach
 
 
-@pytest.mark.parametrize("side, limit", [("right", 1.2), ("left", 1.2), ("both", 0.6)])
-def test_refuses_an_unstable_inner_lr(side, limit):
-    """Two thirds of 1 + momentum, over the sides."""
+@pytest.mark.parametrize("side, sides", [("right", 1), ("left", 1), ("both", 2)])
+@pytest.mark.parametrize("inner_steps, erased", [(1, 1.0), (3, 10 / 9)])
+def test_refuses_an_unstable_inner_lr(side, sides, inner_steps, erased):
+    """1 + momentum over the sides, less what several steps overshoot and a twentieth for rounding."""
     params = make_params([(2, 2)], torch.float64)
-    DeltaMomentum(params, side=side, momentum=0.8, inner_lr=limit - 1e-9)
+    options = dict(side=side, momentum=0.8, inner_steps=inner_steps)
+    limit = 1.8 / 1.05 / erased / sides
+    DeltaMomentum(params, inner_lr=limit - 1e-9, **options)
     with pytest.raises(ValueError, match="Invalid inner_lr value"):
-        DeltaMomentum(params, side=side, momentum=0.8, inner_lr=limit + 1e-9)
+        DeltaMomentum(params, inner_lr=limit + 1e-9, **options)
 
 
 @pytest.mark.parametrize("output", ["identity", "adam", "newton_schulz"])
 def test_a_zero_gradient_writes_nothing(output):
-    """The memory only ages, by the common decay, and the power iteration keeps its vector."""
+    """The memory only ages, by the common decay."""
     (param,) = make_params([(4, 6)], torch.float64)
     optimizer = DeltaMomentum([param], momentum=0.9, output=output)
     param.grad = gradient(0)
@@ -198,7 +201,6 @@ def test_a_zero_gradient_writes_nothing(output):
     param.grad = torch.zeros(4, 6, dtype=torch.float64)
     optimizer.step()
     torch.testing.assert_close(optimizer.state[param]["memory"], 0.9 * before["memory"])
-    assert torch.equal(optimizer.state[param]["eigenvector"], before["eigenvector"])
 
 
 def test_rows_of_zeros_and_parameters_of_zeros_give_finite_steps():

@@ -16,13 +16,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .frobenius import frobenius_norm
+
 FeatureMap = Literal["identity", "soft_rows", "tanh", "sign"]
 
 _SOFTNESS = 0.3  # not tuned; better than 0, the hard normalisation, on a byte-level language model
 
 
 def feature_map(gradient: Tensor, name: FeatureMap) -> Tensor:
-    """Return φ(`gradient`), of the same shape `[..., m, n]`; zero stays zero. Five elementwise passes at most.
+    """Return φ(`gradient`), of the same shape `[..., m, n]`; zero stays zero. Four passes at most.
 
     Args:
         gradient: any stack of matrices.
@@ -37,17 +39,16 @@ def feature_map(gradient: Tensor, name: FeatureMap) -> Tensor:
         return _soft_rows(gradient)
     if name not in get_args(FeatureMap):
         raise ValueError(f"Invalid feature_map: {name!r}, expected one of {get_args(FeatureMap)}")
-    scale = gradient.square().mean((-2, -1), keepdim=True).sqrt()  # [..., 1, 1]
+    rms = frobenius_norm(gradient) / (gradient.shape[-2] * gradient.shape[-1]) ** 0.5  # [..., 1, 1]
     if name == "tanh":
-        return scale * torch.tanh(gradient / scale.clamp(min=torch.finfo(scale.dtype).tiny))
-    return scale * gradient.sign()
+        return rms * torch.tanh(gradient / rms.clamp(min=torch.finfo(rms.dtype).tiny))
+    return rms * gradient.sign()
 
 
 def _soft_rows(gradient: Tensor) -> Tensor:
-    tiny = torch.finfo(gradient.dtype).tiny
     token = -1 if gradient.shape[-2] >= gradient.shape[-1] else -2  # the dimension a token's entries lie along
-    norm = torch.linalg.matrix_norm(gradient, keepdim=True)  # [..., 1, 1]
-    length = torch.linalg.vector_norm(gradient, dim=token, keepdim=True)  # [..., m, 1] or [..., 1, n]
-    tokens = max(gradient.shape[-2:])
-    key = gradient / (length + _SOFTNESS * norm / tokens**0.5).clamp(min=tiny)
-    return key * (norm / torch.linalg.matrix_norm(key, keepdim=True).clamp(min=tiny))
+    norm = frobenius_norm(gradient)  # [..., 1, 1]
+    unit = gradient / norm
+    length = unit.square().sum(token, keepdim=True).sqrt()  # [..., m, 1] or [..., 1, n]
+    weight = 1 / (length + _SOFTNESS / max(gradient.shape[-2:]) ** 0.5)  # 1 / √tokens is the RMS of the lengths
+    return unit * (weight * (norm / frobenius_norm(weight * length)))

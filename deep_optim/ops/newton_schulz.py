@@ -15,6 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .frobenius import frobenius_norm
+
 Coefficients = Literal["muon", "polar_express"]
 
 # Keller Jordan, Muon (2024): steepest slope at zero, the same polynomial at every step.
@@ -71,7 +73,7 @@ def newton_schulz(
     if matrix.numel() == 0:
         return matrix.clone()
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = _unit_norm(matrix).to(dtype or working_dtype(matrix))
+    x = (matrix / frobenius_norm(matrix)).to(dtype or working_dtype(matrix))
     x = (x.mT if tall else x).reshape(-1, *sorted(matrix.shape[-2:])).squeeze(0)  # [B, m, n] or [m, n], m ≤ n
     product = torch.addmm if x.ndim == 2 else torch.baddbmm  # a stack of one is slower
     for a, b, c in polynomials:
@@ -96,10 +98,3 @@ def _polynomials(coefficients: Coefficients, steps: int) -> list[tuple[float, fl
         damped = [(a / _DAMPING, b / _DAMPING**3, c / _DAMPING**5) for a, b, c in _POLAR_EXPRESS[:-1]]
         return [*damped[:steps], *[_POLAR_EXPRESS[-1]] * (steps - len(damped))]
     raise ValueError(f"Invalid ns_coefficients: {coefficients!r}, expected one of {get_args(Coefficients)}")
-
-
-def _unit_norm(matrix: Tensor) -> Tensor:
-    """M / ‖M‖_F; the norm in float64, where the squares of no float32 number overflow or vanish."""
-    exact = matrix.dtype if matrix.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=exact).to(matrix.dtype)
-    return matrix / norm.clamp(min=torch.finfo(matrix.dtype).tiny)

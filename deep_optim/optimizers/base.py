@@ -73,6 +73,14 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         if group["fused"] and group["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
+    def check_gradients(self, group: dict[str, Any]) -> None:
+        """Raise RuntimeError for gradients this algorithm cannot use; called for every group before any is stepped."""
+        for param in group["params"]:
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
+                )
+
     def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the tensors kept for one parameter; the names are the checkpoint format.
 
@@ -125,11 +133,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:  # before anything is written
-            for param in group["params"]:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
-                    )
+            self.check_gradients(group)
         for group in self.param_groups:
             params: list[Tensor] = []
             self._init_group(group, params)
@@ -143,7 +147,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 continue
             if not self.state[param]:
                 self.state[param].update(self.new_state(param, group))
-                if group["lr"] == 0 and not _capturing(param) and not whole(param.grad).any():
+                if group["lr"] == 0 and not capturing(param) and not whole(param.grad).any():
                     continue
             params.append(param)
 
@@ -174,7 +178,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 state["step"] += 1
         grad = _stack([whole(param.grad).to(dtype).reshape(shape) for param in params])  # type: ignore[arg-type]
         names = list(states[0])
-        before = {name: _stack([_as_matrices(state[name], params[0], shape) for state in states]) for name in names}
+        before = {name: _stack([as_matrices(state[name], params[0], shape) for state in states]) for name in names}
         stacked = dict(before)
 
         written = self.features(-grad if group["maximize"] else grad, stacked, group)
@@ -198,7 +202,7 @@ def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
             yield members[start : start + size]
 
 
-def _as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if tensor.ndim == 0 and param.ndim > 0:  # a counter, one for all blocks of the parameter
         return tensor.view(1, 1, 1).expand(shape[0], 1, 1)
     return whole(tensor).reshape(shape) if tensor.shape == param.shape else tensor
@@ -214,7 +218,7 @@ def _unstack(tensors: list[Tensor], stacked: Tensor) -> None:
         local(tensor).copy_(local_of(block.reshape(tensor.shape), tensor))
 
 
-def _capturing(param: Tensor) -> bool:
+def capturing(param: Tensor) -> bool:
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

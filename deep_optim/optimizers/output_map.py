@@ -44,7 +44,9 @@ def apply_output(
         momentum, (_, beta2) = group["momentum"], group["adamw_betas"]
         state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(written, written, value=1 - beta2)
         step = state["step"].to(direction)  # [B, 1, 1]
-        average = (1 - momentum) / weight_seen(momentum, step + group["nesterov"]) * direction
+        extra = group.get("lookahead", 1) - 1 if group["nesterov"] else 0  # beyond the one that Nesterov adds
+        seen = weight_seen(momentum, step + group["nesterov"]) + (1 - momentum) * extra
+        average = (1 - momentum) / seen * direction
         return average / ((state["exp_avg_sq"] / weight_seen(beta2, step)).sqrt() + group["adamw_eps"])
     return direction
 

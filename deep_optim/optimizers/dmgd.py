@@ -1,0 +1,238 @@
+"""Deep Momentum Gradient Descent: an MLP memory of gradients, trained by L2 regression.
+
+    memory      m(k) = M k + W₁ h(k),   h(k) = s(√(r p) W₂ k) / √(r h)      a key k is a row of φ(G), of the longer side
+    objective   ½ ‖m(K) − c I‖² and its mirror image, with retention
+    train       [M | W₁] by `inner_steps` gradient steps, W₂ by one, at every gradient
+    D   = lookahead · φ(G) + momentum · M   if nesterov, else M
+    W   ← (1 − lr · weight_decay) · W − lr · σ(D)
+
+`deep_optim.ops.deep_momentum` has the step in full. With `hidden_dim=0` this is `DeltaMomentum` bit for bit, and with
+`inner_lr=0` it is `Momentum`, both with soft rows.
+Nested Learning, arXiv:2512.24695, Eq. 50 (DMGD) under the objective of Eq. 49 and with the output map of Eq. 52. The
+paper names an MLP and leaves open its architecture, its target and what becomes of its answer. Printed, the memory is
+evaluated at the gradient it was just trained on, W + m(u), where the target 1 makes every key answer alike. Here each
+key answers its own unit vector (the target I of the NeurIPS text), and what moves the weights is the memory's linear
+part, which has their shape; the hidden part takes over what it can explain of the keys, and so decides what M forgets.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from deep_optim.ops.backend import Backend
+from deep_optim.ops.deep_momentum import deep_momentum
+from deep_optim.ops.feature_map import feature_map
+from deep_optim.ops.mlp_memory import MLPMemory
+from deep_optim.ops.newton_schulz import Coefficients
+
+from .base import MemoryOptimizer, as_matrices, capturing
+from .delta_momentum import check_stable
+from .matrices import has_memory, matrix_shape
+from .memory_report import MemoryReport, report
+from .output_map import OutputMap, apply_output
+from .sharding import whole
+from .validation import check_at_least, check_choice, check_count
+
+NonFinite = Literal["raise", "skip"]
+
+_SEED = 0
+_NAMES = tuple(f"memory.{name}" for name in MLPMemory._fields)
+
+
+class DMGD(MemoryOptimizer):
+    """Momentum whose memory is a small network, trained at every step.
+
+    Keeps 4 bytes per parameter for the linear part (8 in all with `output="adam"`) and 4 h (m + n) bytes per m × n
+    matrix for the hidden one, h = `hidden_dim`. With m ≤ n it costs about 8 m (1 + h/m)² FLOPs per parameter and three
+    products of matrices of size m + h before the output map, where Newton-Schulz costs 20 to 30 m per parameter in all.
+
+    Args:
+        params: parameters, named parameters, or groups of them; any shape.
+        lr: step size of the weights. AdamW's usual values suit "newton_schulz" and "adam", SGD's suit "identity".
+        momentum: how much of the memory survives a step that brings no key like it, 0 to 1.
+        inner_lr: how far the memory moves towards what the inner steps make of it, on each of its two sides; 0 is
+            plain momentum. Stable while twice of it is below 1 + momentum (a little less for several inner steps), and
+            refused above.
+        inner_steps: gradient steps on the regression per gradient, in closed form.
+        hidden_dim: hidden features of the memory, h; 0 is a linear memory.
+        hidden_lr: size of the hidden weights' own step, relative to their size; 0 leaves them as they were drawn.
+        weight_decay: decoupled, multiplied by `lr` as in AdamW.
+        nesterov: read the memory with the same write added `lookahead` times more.
+        lookahead: 1 is Nesterov's. More weighs the gradient at hand more, which a memory that is long in its quiet
+            directions needs.
+        output: "newton_schulz", "adam" or "identity". Under the first two, vectors and scalars are stepped by AdamW;
+            under "identity" they have a memory like everything else.
+        ns_steps: Newton-Schulz iterations. One less than Muon's: what the memory answers has a flatter spectrum.
+        ns_coefficients: "muon" or "polar_express".
+        adamw_betas: AdamW's decay rates, for what is no matrix; the second is also that of `output="adam"`.
+        adamw_eps: AdamW's term in the denominator; likewise.
+        nonfinite: what a NaN or an infinity in a gradient does: "raise" before anything has been stepped, or "skip"
+            that parameter in this step. Either way its weights and memory do not change. Both wait for one answer from
+            the device; inside a CUDA graph or torch.compile nothing can wait, and the NaN shows in the weights.
+        foreach: use torch's foreach AdamW for what is no matrix.
+        maximize: ascend instead.
+        capturable: keep counters on the device, so that a CUDA graph can capture the step.
+        differentiable: refused; the memories are written in place.
+        fused: use torch's fused AdamW for what is no matrix; by default wherever torch has one.
+        backend: "auto", "reference" or "triton", for the step of the memory.
+
+    Raises:
+        ValueError: for a value out of range, in the constructor or in any group.
+        RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients, and
+            for a gradient that is not finite, under `nonfinite="raise"`.
+
+    Example:
+        >>> optimizer = DMGD(model.parameters(), lr=1e-3)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        inner_lr: float = 0.5,
+        inner_steps: int = 3,
+        hidden_dim: int = 16,
+        hidden_lr: float = 0.0,
+        weight_decay: float = 1e-2,
+        nesterov: bool = True,
+        lookahead: float = 2.0,
+        output: OutputMap = "newton_schulz",
+        ns_steps: int = 4,
+        ns_coefficients: Coefficients = "muon",
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        nonfinite: NonFinite = "raise",
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "inner_lr": inner_lr,
+            "inner_steps": inner_steps,
+            "hidden_dim": hidden_dim,
+            "hidden_lr": hidden_lr,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "lookahead": lookahead,
+            "output": output,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "nonfinite": nonfinite,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "backend": backend,
+        }
+        super().__init__(params, defaults)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_at_least(group, 0.0, "inner_lr", "hidden_dim", "hidden_lr", "lookahead")
+        check_count(group, "inner_steps")
+        if group["hidden_dim"]:
+            check_count(group, "hidden_dim")
+        check_choice(group, "nonfinite", get_args(NonFinite))
+        check_choice(group, "backend", get_args(Backend))
+        check_stable(group, sides=2)
+
+    def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        (split, m, n), h = matrix_shape(param, group), group["hidden_dim"]
+        w1 = torch.zeros(split, max(m, n), h, dtype=param.dtype, device=param.device)
+        # from one seed for every parameter: the same on all ranks and devices, whoever its neighbours are
+        w2 = torch.randn(h, min(m, n), generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
+        w2 = (w2 / max(min(m, n), 1) ** 0.5).to(w1).repeat(split, 1, 1)
+        if m < n:  # a wide memory is kept as the transpose of a tall one
+            w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
+        return dict(zip(_NAMES, (torch.zeros_like(param), w1, w2), strict=True))
+
+    def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        return feature_map(grad, "soft_rows")
+
+    def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        memory, direction = deep_momentum(
+            MLPMemory(*(state[name] for name in _NAMES)),
+            written,
+            decay=group["momentum"],
+            inner_lr=group["inner_lr"],
+            inner_steps=group["inner_steps"],
+            hidden_lr=group["hidden_lr"],
+            lookahead=group["lookahead"] if group["nesterov"] else None,
+            backend=group["backend"],
+        )
+        state.update(zip(_NAMES, memory, strict=True))
+        return direction
+
+    @torch.no_grad()
+    def memory_report(self) -> dict[str, MemoryReport]:
+        """Return how well each memory answers for the gradient at hand, before and after the step it would make.
+
+        Call it between `backward()` and `step()`: it makes the step on copies, which costs as much as the step, and
+        changes nothing. Parameters without a gradient or a memory are left out. A parameter goes by its name, or by
+        its position among all if the optimizer was given no names.
+        """
+        reports = {}
+        position = 0
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                name = group["param_names"][index] if "param_names" in group else str(position)
+                position += 1
+                if param.grad is not None and param.numel() and has_memory(param, group):
+                    reports[name] = self._report(param, group)
+        return reports
+
+    def _report(self, param: Tensor, group: dict[str, Any]) -> MemoryReport:
+        shape = matrix_shape(param, group)
+        state = self.state.get(param) or self.new_state(param, group)
+        state = {name: as_matrices(value.clone(), param, shape) for name, value in state.items()}
+        if "step" in state:
+            state["step"] = state["step"] + 1
+        before = MLPMemory(*(state[name] for name in _NAMES))
+        grad = whole(param.grad).to(before.linear.dtype).reshape(shape)  # type: ignore[arg-type]
+        ascent = -grad if group["maximize"] else grad
+        written = self.features(ascent, state, group)
+        direction = apply_output(self.update(written, state, group), written, state, group)
+        after = MLPMemory(*(state[name] for name in _NAMES))
+        return report(before, after, written, ascent, direction, group["inner_lr"])
+
+    def check_gradients(self, group: dict[str, Any]) -> None:
+        super().check_gradients(group)
+        if torch.compiler.is_compiling():
+            return
+        if group["nonfinite"] == "raise" and (refused := _not_finite(group["params"])):
+            sizes = ", ".join(str(tuple(param.size())) for param in refused)
+            raise RuntimeError(
+                f"the gradients of parameters of these sizes are not finite: {sizes}; nothing has been stepped "
+                "(nonfinite='skip' steps the other parameters)"
+            )
+
+    def _init_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        super()._init_group(group, params)
+        if group["nonfinite"] == "skip":
+            skipped = set(_not_finite(params))
+            params[:] = [param for param in params if param not in skipped]
+
+
+def _not_finite(params: list[Tensor]) -> list[Tensor]:
+    """Return the parameters whose gradient has a NaN or an infinity, on any rank."""
+    having = [param for param in params if param.grad is not None and not capturing(param)]
+    if not having:
+        return []
+    grads = [param.grad for param in having if param.grad is not None]
+    norms = [whole(norm).to(having[0].device, torch.float32) for norm in torch._foreach_norm(grads)]
+    if torch.stack(norms).isfinite().all():
+        return []
+    # a norm may overflow alone
+    return [param for param, grad in zip(having, grads, strict=True) if not whole(grad).isfinite().all()]
