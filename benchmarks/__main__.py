@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 BENCHMARKS = {
     "convergence": "loss at equal steps and at equal wall time, every optimizer tuned with the same budget",
     "toy": "paths of momentum and delta momentum on a two-dimensional valley (Eq. 53)",
+    "dmgd": "what each part of DMGD is worth: one change at a time",
+    "memory": "what a DMGD memory knows about the gradients, over a training run",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
 }
 

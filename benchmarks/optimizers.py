@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import deep_optim
 
 from .tasks import Task
+from .variants import VARIANTS
 
 AUX_BETAS = (0.9, 0.99)
 LR_STEPS = (1.0, 2.0, 4.0, 8.0)
@@ -93,12 +94,18 @@ def _soap(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int)
     return [SOAP(_plain(groups), lr=at.lr, betas=(0.95, at.second), precondition_frequency=10)]
 
 
-def _ours(
-    groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str, **options: Any
-) -> list[Optimizer]:
+def _ours(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str) -> list[Optimizer]:
+    return [getattr(deep_optim, name)(_with_aux(groups, aux_lr), lr=at.lr, momentum=at.second, fused=True)]
+
+
+def _variant(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str) -> list[Optimizer]:
+    cls, options = VARIANTS[name]
+    return [cls(_with_aux(groups, aux_lr), **{"lr": at.lr, "momentum": at.second, "fused": True} | options)]
+
+
+def _with_aux(groups: list[dict[str, Any]], aux_lr: float) -> list[dict[str, Any]]:
     aux = dict(lr=aux_lr, adamw_betas=AUX_BETAS)
-    groups = [group | aux if group["rule"] == "adamw" else dict(group) for group in groups]
-    return [getattr(deep_optim, name)(groups, lr=at.lr, momentum=at.second, fused=True, **options)]
+    return [group | aux if group["rule"] == "adamw" else dict(group) for group in groups]
 
 
 def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,6 +138,7 @@ OPTIMIZERS = {
     "delta_momentum": Entry(
         "DeltaMomentum (ours)", partial(_ours, name="DeltaMomentum"), _MATRIX, "momentum", (0.8, 0.9, 0.95)
     ),
+    "dmgd": Entry("DMGD (ours)", partial(_ours, name="DMGD"), _MATRIX, "momentum", (0.9, 0.95, 0.98)),
 }  # fmt: skip
 
 # The best points by task, for runs that do not search. Text: found by `python -m benchmarks convergence --preset full`.
@@ -138,9 +146,18 @@ TUNED = {
     "text": {
         "adamw": Setting(lr=3e-3, second=0.9),
         "muon": Setting(lr=1.2e-2, second=0.8),
+        "momentum": Setting(lr=1.2e-2, second=0.7),
         "delta_momentum": Setting(lr=1.2e-2, second=0.95),
+        "dmgd": Setting(lr=1.2e-2, second=0.95),
     },
 }
+
+
+def find(name: str) -> Entry:
+    """The entry of an optimizer, or of a variant for the ablation, which takes its setting from who asks."""
+    if name in VARIANTS:
+        return Entry(name.removeprefix("dmgd:"), partial(_variant, name=name), {}, "momentum", (0.9, 0.95, 0.98))
+    return OPTIMIZERS[name]
 
 
 def available() -> list[str]:
@@ -152,4 +169,4 @@ def build(name: str, task: Task, model: nn.Module, setting: Setting, *, warmup: 
     """The torch optimizers that together train `model` as the table's entry `name` says."""
     # Fused projections stay whole: torch.optim.Muon cannot split them, so ours do not either.
     groups = deep_optim.param_groups(model, weight_decay=task.weight_decay, memory=task.memory)
-    return OPTIMIZERS[name].build(groups, setting, task.aux_lr, warmup)
+    return find(name).build(groups, setting, task.aux_lr, warmup)

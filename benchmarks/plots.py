@@ -26,8 +26,9 @@ COLORS = {
     "momentum": "#56B4E9",
     "preconditioned_momentum": "#E69F00",
     "delta_momentum": "#D55E00",
+    "dmgd": "#F0E442",
 }
-OURS = ("momentum", "preconditioned_momentum", "delta_momentum")
+OURS = ("momentum", "preconditioned_momentum", "delta_momentum", "dmgd")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -190,6 +191,67 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
         axes[0][0].invert_yaxis()
         label = "time of one step relative to fused AdamW (then milliseconds, bytes of state per parameter)"
         figure.supxlabel(label, fontsize=10)
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
+    """Every row's difference to the default, seed by seed and in the mean, table by table."""
+    tables = document["tables"]
+    rows = [(table, name, row) for table, names in tables.items() for name, row in names.items() if row["mean"]]
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, axis = plt.subplots(figsize=(8.2, 0.24 * len(rows) + 0.4 * len(tables) + 1.2))
+        position, ticks, labels = 0.0, [], []
+        for index, (table, name, row) in enumerate(rows):
+            if index == 0 or rows[index - 1][0] != table:
+                position += 1.4
+                axis.annotate(table, (0.0, position), xycoords=("axes fraction", "data"), weight="bold", va="center")
+                position += 1
+            reference = tables[table]["dmgd:default"]["losses"]
+            each = [a - b for a, b in zip(row["losses"], reference, strict=True)]
+            color = COLORS.get(name, "#000000")
+            axis.plot(each, [position] * len(each), "o", color=color, alpha=0.35, markersize=4, clip_on=True)
+            axis.plot([row["difference"]], [position], "|", color=color, markersize=12, markeredgewidth=2)
+            ticks.append(position)
+            labels.append(name.removeprefix("dmgd:").replace("_momentum", " momentum"))
+            position += 1
+        axis.axvline(0, color="#000000", linewidth=0.8)
+        axis.set(yticks=ticks, yticklabels=labels, ylim=(position, 0), xlim=(-0.03, 0.12))
+        axis.set_xlabel("loss minus the default's, in nats per byte (beyond the frame: see the table)")
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def draw_memory(document: Mapping[str, Any], path: Path) -> Path:
+    """Per kind of matrix, the mean over layers: inner loss, explained share, angle to the gradient, sizes."""
+    kinds: dict[str, list[list[dict[str, float]]]] = {}
+    for name, rows in document["reports"].items():
+        kinds.setdefault(name.split(".")[-2], []).append(rows)
+    colors = dict(zip(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=False))
+
+    def mean(layers: list[list[dict[str, float]]], key: str) -> list[float]:
+        return [float(np.mean([row[key] for row in rows])) for rows in zip(*layers, strict=True)]
+
+    with plt.rc_context(STYLE):
+        figure, ((losses, explained), (angles, sizes)) = plt.subplots(2, 2, figsize=(9.2, 6.4), sharex=True)
+        for kind, layers in kinds.items():
+            steps, color = [int(step) for step in mean(layers, "step")], colors.get(kind, "#999999")
+            losses.plot(steps, mean(layers, "loss_before"), color=color, linewidth=1, linestyle=":")
+            losses.plot(steps, mean(layers, "loss_after"), color=color, linewidth=1.4, label=kind)
+            explained.plot(steps, mean(layers, "explained"), color=color, linewidth=1.4)
+            angle = np.degrees(np.arccos(np.clip(mean(layers, "cosine"), -1, 1)))
+            angles.plot(steps, angle, color=color, linewidth=1.4)
+            relative = np.divide(mean(layers, "w1_norm"), np.maximum(mean(layers, "linear_norm"), 1e-30))
+            sizes.plot(steps, relative, color=color, linewidth=1.4)
+        losses.axhline(1, color="#000000", linewidth=0.8)
+        losses.set(ylabel="inner loss, before (dotted) and after", title="1 is an empty memory's")
+        losses.legend()
+        explained.set(ylabel="explained share", title="after the step, of what its features can answer")
+        angles.axhline(90, color="#000000", linewidth=0.8)
+        angles.set(xlabel="step", ylabel="degrees", title="angle between update and gradient (below 90: descent)")
+        sizes.set(xlabel="step", ylabel="‖W₁‖ / ‖M‖", title="size of the hidden part")
         figure.savefig(path)
         plt.close(figure)
     return path

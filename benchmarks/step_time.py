@@ -24,7 +24,7 @@ from .tasks.text import ByteGPT
 
 AGAIN = "adamw (again)"
 GRADIENT_SIZE = 1e-3
-DEFAULT = ("adamw", "sgd", "muon", "momentum", "preconditioned_momentum", "delta_momentum")
+DEFAULT = ("adamw", "sgd", "muon", "momentum", "preconditioned_momentum", "delta_momentum", "dmgd")
 
 
 class Layers(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .optimizers import OPTIMIZERS, Setting, build
+from .optimizers import Setting, build, find
 from .tasks import Task, make_task
 
 WARMUP_STEPS = 30
@@ -49,7 +49,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     """Train once. A run that leaves the finite numbers ends there: {"diverged": True, "loss": None}."""
     task = cached_task(trial.task, trial.options)
     model = task.model(trial.seed)
-    entry = OPTIMIZERS[trial.optimizer]
+    entry = find(trial.optimizer)
     warmup = min(WARMUP_STEPS, max(1, trial.steps // 10))
     optimizers = build(trial.optimizer, task, model, trial.setting, warmup=warmup)
     curve: list[tuple[int, float]] = []

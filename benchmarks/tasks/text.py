@@ -66,6 +66,8 @@ class Text:
         corpus: "stdlib", "imdb", "newsgroups" or "shakespeare"; see corpus.py.
         data: a text file of your own instead.
         width, depth, heads: size of the model.
+        alphabets: more than 1 cuts the run into so many equal parts, each with the bytes of the text permuted anew: a
+            sequence of tasks that share everything but the embeddings. The loss is that on the last of them.
     """
 
     name = "text"
@@ -76,16 +78,24 @@ class Text:
     memory = ()
 
     def __init__(
-        self, corpus: str = "stdlib", data: str | None = None, width: int = 128, depth: int = 3, heads: int = 4
+        self,
+        corpus: str = "stdlib",
+        data: str | None = None,
+        width: int = 128,
+        depth: int = 3,
+        heads: int = 4,
+        alphabets: int = 1,
     ) -> None:
         self.corpus = data or corpus
+        rng = torch.Generator().manual_seed(0)
+        self.alphabets = [torch.arange(256), *(torch.randperm(256, generator=rng) for _ in range(alphabets - 1))]
         self.model_options = dict(width=width, depth=depth, heads=heads)
         train, validation = read_text(corpus, data)
         self.digest = sha256(train + b"\0" + validation).hexdigest()
         self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
         held_out = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
         starts = torch.linspace(0, len(held_out) - CONTEXT - 1, VALIDATION_WINDOWS).long()
-        self.validation = self._windows(held_out, starts)
+        self.validation = self._windows(held_out, starts, self.alphabets[-1])
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -93,8 +103,9 @@ class Text:
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         rng = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            yield self._windows(self.train, torch.randint(len(self.train) - CONTEXT, (BATCH,), generator=rng))
+        for step in range(steps):
+            starts = torch.randint(len(self.train) - CONTEXT, (BATCH,), generator=rng)
+            yield self._windows(self.train, starts, self.alphabets[step * len(self.alphabets) // steps])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         tokens, targets = batch
@@ -113,9 +124,10 @@ class Text:
             "validation_bytes": self.validation[0].numel(),
             "batch": [BATCH, CONTEXT],
             **self.model_options,
+            "alphabets": len(self.alphabets),
         }
 
     @staticmethod
-    def _windows(text: Tensor, starts: Tensor) -> Batch:
-        window = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()  # [B, T + 1]
+    def _windows(text: Tensor, starts: Tensor, alphabet: Tensor) -> Batch:
+        window = alphabet[text[starts[:, None] + torch.arange(CONTEXT + 1)].long()]  # [B, T + 1]
         return window[:, :-1], window[:, 1:]
