@@ -26,7 +26,7 @@ from .variants import TABLES
 RESULTS = Path(__file__).parent / "results" / "dmgd.json"
 DEFAULT = "dmgd:default"
 BASELINES = ("muon", "momentum", "delta_momentum")
-DRIFT = ("dmgd:no hidden layer", "dmgd:hidden_dim=128")  # beside the default and the baselines
+DRIFT = ("no hidden layer", "hidden_dim=128", "momentum=0.98")
 ALPHABETS = 4
 
 
@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no table named {unknown[0]!r}; there are: {', '.join([*TABLES, 'drift'])}")
     torch.set_num_threads(1)
     results = Results(args.output, resume=args.resume)
-    rows = {table: [DEFAULT, *BASELINES, *(f"dmgd:{row}" for row in TABLES.get(table, ()))] for table in wanted}
-    if "drift" in rows:
-        rows["drift"] += DRIFT
+    rows = {table: [DEFAULT, *(f"dmgd:{row}" for row in TABLES.get(table, DRIFT))] for table in wanted}
+    for table in {"structure", "drift"} & set(rows):
+        rows[table] += BASELINES
     rows = {table: list(dict.fromkeys(names)) for table, names in rows.items()}
     trials = {table: {name: _trials(name, table, args) for name in names} for table, names in rows.items()}
     every = list(dict.fromkeys(trial for names in trials.values() for runs in names.values() for trial in runs))

@@ -202,7 +202,7 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
     rows = [(table, name, row) for table, names in tables.items() for name, row in names.items() if row["mean"]]
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure, axis = plt.subplots(figsize=(8.2, 0.24 * len(rows) + 0.4 * len(tables) + 1.2))
-        position, ticks, labels = 0.0, [], []
+        position, limit, ticks, labels = 0.0, 0.12, [], []
         for index, (table, name, row) in enumerate(rows):
             if index == 0 or rows[index - 1][0] != table:
                 position += 1.4
@@ -211,14 +211,16 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
             reference = tables[table]["dmgd:default"]["losses"]
             each = [a - b for a, b in zip(row["losses"], reference, strict=True)]
             color = COLORS.get(name, "#000000")
-            axis.plot(each, [position] * len(each), "o", color=color, alpha=0.35, markersize=4, clip_on=True)
+            axis.plot(each, [position] * len(each), "o", color=color, alpha=0.35, markersize=4)
+            if row["difference"] > limit:
+                axis.plot([limit], [position], ">", color=color, markersize=6, clip_on=False)
             axis.plot([row["difference"]], [position], "|", color=color, markersize=12, markeredgewidth=2)
             ticks.append(position)
             labels.append(name.removeprefix("dmgd:").replace("_momentum", " momentum"))
             position += 1
         axis.axvline(0, color="#000000", linewidth=0.8)
-        axis.set(yticks=ticks, yticklabels=labels, ylim=(position, 0), xlim=(-0.03, 0.12))
-        axis.set_xlabel("loss minus the default's, in nats per byte (beyond the frame: see the table)")
+        axis.set(yticks=ticks, yticklabels=labels, ylim=(position, 0), xlim=(-0.03, limit))
+        axis.set_xlabel("loss minus the default's, in nats per byte (arrows: beyond the frame)")
         figure.savefig(path)
         plt.close(figure)
     return path

@@ -183,20 +183,19 @@ TABLES: dict[str, dict[str, Variant]] = {
         "next gradient": (PredictRows, {}),
         "orthogonalised momentum": (PredictOrthogonal, {}),
     },
-    "width": {f"hidden_dim={h}": (deep_optim.DMGD, {"hidden_dim": h}) for h in (8, 32, 64, 128)},
+    "width": {f"hidden_dim={h}": (deep_optim.DMGD, {"hidden_dim": h}) for h in (64, 128)},
     "keys": {f"{name} keys": (_keys(name), {}) for name in ("identity", "tanh", "sign")},
-    "retention": {f"momentum={m}": (deep_optim.DMGD, {"momentum": m}) for m in (0.9, 0.98)},
+    "retention": {f"momentum={m}": (deep_optim.DMGD, {"momentum": m}) for m in (0.98,)},
     "inner rates": {
-        **{f"inner_steps={j}": (deep_optim.DMGD, {"inner_steps": j}) for j in (1, 2, 4, 6)},
-        **{f"inner_lr={rate}": (deep_optim.DMGD, {"inner_lr": rate}) for rate in (0.25, 0.64)},
-        **{f"hidden_lr={rate}": (deep_optim.DMGD, {"hidden_lr": rate}) for rate in (0.01, 0.1)},
+        **{f"inner_steps={j}": (deep_optim.DMGD, {"inner_steps": j}) for j in (1, 4)},
+        **{f"inner_lr={rate}": (deep_optim.DMGD, {"inner_lr": rate}) for rate in (0.25,)},
+        **{f"hidden_lr={rate}": (deep_optim.DMGD, {"hidden_lr": rate}) for rate in (0.03,)},
         **{f"lookahead={k}": (deep_optim.DMGD, {"lookahead": k}) for k in (1.0, 3.0)},
     },
     "output map": {
         "ns_steps=5": (deep_optim.DMGD, {"ns_steps": 5}),
         "polar_express": (deep_optim.DMGD, {"ns_coefficients": "polar_express"}),
         "adam": (deep_optim.DMGD, {"output": "adam", "lr": 3e-3}),
-        "adam, no hidden layer": (deep_optim.DMGD, {"output": "adam", "lr": 3e-3, "hidden_dim": 0}),
     },
 }  # fmt: skip
 

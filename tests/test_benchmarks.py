@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+import deep_optim
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
 from benchmarks import toy
+from benchmarks.dmgd import compare
 from benchmarks.measure import paired_rounds, summarize
-from benchmarks.optimizers import OPTIMIZERS, TUNED, Setting, available, build
+from benchmarks.optimizers import OPTIMIZERS, TUNED, Setting, available, build, find
 from benchmarks.report import edges, steps_to
 from benchmarks.tasks import corpus, make_task
 from benchmarks.tasks.regression import Regression
 from benchmarks.training import Trial, relative_rate, run_trial
+from benchmarks.variants import VARIANTS, Plain
 
 TASK_NAMES = ("text", "vision-vit", "vision-resnet", "regression")
 
@@ -178,3 +182,62 @@ def test_toy_search_runs_the_package_rule():
     k, a, omega = valley
     (r**2 + k * (r - theta + a * torch.sin(omega * r)) ** 2).backward()
     assert np.allclose(toy.gradient(0.7, -0.4, valley), [r.grad, theta.grad])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_the_ablation_takes_steps(name):
+    """On tall, wide and square matrices, the first gradient being zero, as where a branch starts at zero."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((12, 5), (5, 12), (6, 6))]
+    groups = [{"params": [(str(i), param) for i, param in enumerate(params)], "rule": "memory", "weight_decay": 0.0}]
+    (optimizer,) = find(name).build(groups, Setting(1e-2, 0.95), 1e-3, 1)
+    for step in range(4):
+        rng = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = min(step, 1) * torch.randn(param.shape, generator=rng)
+        optimizer.step()
+    assert all(param.isfinite().all() and param.any() for param in params)
+
+
+def test_the_open_copy_of_dmgd_is_dmgd():
+    """The variants change parts of `Plain`; unchanged, it is the optimizer itself, to bfloat16's rounding."""
+    rng = torch.Generator().manual_seed(0)
+    moved = []
+    for cls in (Plain, deep_optim.DMGD):
+        params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((12, 5), (5, 12))]
+        optimizer = cls(params, output="identity", hidden_dim=3)
+        for _ in range(4):
+            for param in params:
+                rng = torch.Generator().manual_seed(len(param))
+                param.grad = torch.randn(param.shape, generator=rng, dtype=torch.float64)
+            optimizer.step()
+        moved.append([param.detach() for param in params])
+    torch.testing.assert_close(*moved)
+
+
+def test_ablation_compares_seed_by_seed():
+    row = compare([1.1, 2.2, 3.0], [1.0, 2.0, 3.0])
+    assert row["difference"] == pytest.approx(0.1) and row["mean"] == pytest.approx(2.1)
+    assert row["error"] == pytest.approx(0.1 / 3**0.5) and row["z"] == pytest.approx(3**0.5)
+    assert compare([None, 2.0], [1.0, 2.0])["mean"] is None
+    assert compare([1.0, 2.0], [1.0, 2.0])["z"] is None
+
+
+def test_alphabets_are_tasks_in_sequence():
+    """The same windows of the same text, in other bytes from the second part on; the last one is what counts."""
+    plain, drifting = make_task("text"), make_task("text", alphabets=3)
+    pairs = list(zip(plain.batches(1, 6), drifting.batches(1, 6), strict=True))
+    assert [torch.equal(before[0], after[0]) for before, after in pairs] == [True, True, False, False, False, False]
+    for step, ((tokens, _), (permuted, _)) in enumerate(pairs):
+        assert torch.equal(drifting.alphabets[step // 2][tokens], permuted)
+    assert torch.equal(drifting.alphabets[-1][plain.validation[0]], drifting.validation[0])
+
+
+ABLATION = ["--tables", "retention,drift", "--seeds", "1,2", "--workers", "1"]
+
+
+@pytest.mark.parametrize("name, options", [("dmgd", ABLATION), ("memory", ["--every", "1"])])
+def test_what_is_measured_on_dmgd_is_written_and_drawn(name, options, tmp_path):
+    output = tmp_path / "out.json"
+    assert command.main([name, "--steps", "2", "--output", str(output), *options]) == 0
+    document = json.loads(output.read_text())
+    assert document["benchmark"] == name and (tmp_path / "out.png").stat().st_size > 10_000

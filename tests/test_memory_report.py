@@ -81,3 +81,14 @@ def test_a_memory_without_inner_lr_has_no_target_to_miss():
     optimizer = DMGD(params, inner_lr=0.0)
     set_grads(params, 0)
     assert optimizer.memory_report()["0"].loss_before == 1.0
+
+
+def test_a_zero_gradient_has_no_keys_to_answer():
+    params = make_params([(4, 3)])
+    optimizer = DMGD(params)
+    for grad in (torch.zeros(4, 3), torch.ones(4, 3), torch.zeros(4, 3)):
+        params[0].grad = grad
+        report = optimizer.memory_report()["0"]
+        assert all(map(math.isfinite, report))
+        optimizer.step()
+    assert report.loss_before == report.loss_after == 1.0 and report.cosine == 0.0 and report.linear_norm > 0

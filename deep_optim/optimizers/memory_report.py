@@ -61,7 +61,7 @@ def report(
 
 
 def inner_loss(memory: MLPMemory, written: Tensor, inner_lr: float) -> Tensor:  # [B, m, n] -> [B]
-    """Return ‖[M | W₁] Φᵀ − c I‖² / ‖c I‖² on the keys of U; without an inner_lr there is no target, and NaN."""
+    """Return ‖[M | W₁] Φᵀ − c I‖² / ‖c I‖² on the keys of U; 1 if U is zero and has no keys."""
     wide = written.shape[-2] < written.shape[-1]
     dim = -2 if wide else -1
     norm = frobenius_norm(written)
@@ -75,4 +75,5 @@ def inner_loss(memory: MLPMemory, written: Tensor, inner_lr: float) -> Tensor:  
     features = features * bound.rsqrt()  # Φ, with ΦᵀΦ ≤ I
     answers = weights * (inner_lr / (norm * bound.sqrt()))  # W / c
     square = ((answers.mT @ answers) * (features.mT @ features)).sum((-2, -1))
-    return (square - 2 * (answers * features).sum((-2, -1))) / features.shape[-2] + 1
+    loss = (square - 2 * (answers * features).sum((-2, -1))) / features.shape[-2] + 1
+    return torch.where(bound.flatten() > 0, loss, 1.0)
