@@ -30,7 +30,7 @@ AGAIN = "adamw (again)"  # the A/A arm: what the clock says about two equal opti
 STEPS_PER_CALL = 10  # SOAP and the like do some of their work every tenth step only
 TUNING_SEED = 0
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(task="text", steps=250, seeds=[1, 2], optimizers="adamw,muon,delta_momentum", tune=False, rounds=5),
+    "demo": dict(task="text", steps=250, seeds=[1, 2], optimizers="adamw,muon,dmgd", tune=False, rounds=5),
     "full": dict(task="text", tune_steps=300),
 }
 

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=10, help="steps between two reports")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--hidden-dim", type=int, help="default: DMGD's own")
+    parser.add_argument("--hidden-dim", type=int, default=16)
     parser.add_argument("--hidden-lr", type=float, default=0.0)
     parser.add_argument("--inner-steps", type=int, help="default: DMGD's own")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file; the plot lies beside it")
@@ -46,8 +46,9 @@ def main(arguments: list[str]) -> int:
         console.print(f"plot: {plot}")
         return 0
     torch.set_num_threads(1)
-    wanted = {"hidden_dim": args.hidden_dim, "inner_steps": args.inner_steps}
-    options = {name: value for name, value in wanted.items() if value is not None} | {"hidden_lr": args.hidden_lr}
+    options: dict[str, Any] = {"hidden_dim": args.hidden_dim, "hidden_lr": args.hidden_lr}
+    if args.inner_steps:
+        options["inner_steps"] = args.inner_steps
     document = {
         "benchmark": "memory", "command": command("memory", arguments), "machine": machine(), "versions": versions(),
         "config": {"steps": args.steps, "every": args.every, "seed": args.seed, **options},

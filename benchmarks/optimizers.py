@@ -94,8 +94,10 @@ def _soap(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int)
     return [SOAP(_plain(groups), lr=at.lr, betas=(0.95, at.second), precondition_frequency=10)]
 
 
-def _ours(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str) -> list[Optimizer]:
-    return [getattr(deep_optim, name)(_with_aux(groups, aux_lr), lr=at.lr, momentum=at.second, fused=True)]
+def _ours(
+    groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str, **options: Any
+) -> list[Optimizer]:
+    return [getattr(deep_optim, name)(_with_aux(groups, aux_lr), lr=at.lr, momentum=at.second, fused=True, **options)]
 
 
 def _variant(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str) -> list[Optimizer]:
@@ -138,16 +140,17 @@ OPTIMIZERS = {
     "delta_momentum": Entry(
         "DeltaMomentum (ours)", partial(_ours, name="DeltaMomentum"), _MATRIX, "momentum", (0.8, 0.9, 0.95)
     ),
-    "dmgd": Entry("DMGD (ours)", partial(_ours, name="DMGD"), _MATRIX, "momentum", (0.9, 0.95, 0.98)),
+    # With a hidden layer, or it would be a linear memory: its own default has none.
+    "dmgd": Entry("DMGD (ours)", partial(_ours, name="DMGD", hidden_dim=16), _MATRIX, "momentum", (0.9, 0.95, 0.98)),
 }  # fmt: skip
 
-# The best points by task, for runs that do not search. Text: found by `python -m benchmarks convergence --preset full`.
+# The best points by task, for runs that do not search; docs/benchmarks.md has the searches.
 TUNED = {
     "text": {
         "adamw": Setting(lr=3e-3, second=0.9),
         "muon": Setting(lr=1.2e-2, second=0.8),
         "momentum": Setting(lr=1.2e-2, second=0.7),
-        "delta_momentum": Setting(lr=1.2e-2, second=0.95),
+        "delta_momentum": Setting(lr=1.2e-2, second=0.9),
         "dmgd": Setting(lr=1.2e-2, second=0.95),
     },
 }

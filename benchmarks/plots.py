@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from .optimizers import OPTIMIZERS
 from .training import Trial
 
-# Okabe and Ito's palette, distinguishable with any colour vision; dashes separate baselines from ours in print.
+# Okabe and Ito's palette and one of Tol's, distinguishable with any colour vision; dashes separate baselines from ours
+# in print.
 COLORS = {
     "adamw": "#000000",
     "sgd": "#999999",
@@ -26,7 +27,7 @@ COLORS = {
     "momentum": "#56B4E9",
     "preconditioned_momentum": "#E69F00",
     "delta_momentum": "#D55E00",
-    "dmgd": "#F0E442",
+    "dmgd": "#882255",
 }
 OURS = ("momentum", "preconditioned_momentum", "delta_momentum", "dmgd")
 STYLE = {
@@ -197,7 +198,7 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
 
 
 def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
-    """Every row's difference to the default, seed by seed and in the mean, table by table."""
+    """Every row's difference to the reference, seed by seed and in the mean, table by table."""
     tables = document["tables"]
     rows = [(table, name, row) for table, names in tables.items() for name, row in names.items() if row["mean"]]
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
@@ -208,7 +209,7 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
                 position += 1.4
                 axis.annotate(table, (0.0, position), xycoords=("axes fraction", "data"), weight="bold", va="center")
                 position += 1
-            reference = tables[table]["dmgd:default"]["losses"]
+            reference = tables[table]["dmgd:reference"]["losses"]
             each = [a - b for a, b in zip(row["losses"], reference, strict=True)]
             color = COLORS.get(name, "#000000")
             axis.plot(each, [position] * len(each), "o", color=color, alpha=0.35, markersize=4)
@@ -220,7 +221,7 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
             position += 1
         axis.axvline(0, color="#000000", linewidth=0.8)
         axis.set(yticks=ticks, yticklabels=labels, ylim=(position, 0), xlim=(-0.03, limit))
-        axis.set_xlabel("loss minus the default's, in nats per byte (arrows: beyond the frame)")
+        axis.set_xlabel("loss minus the reference's, in nats per byte (arrows: beyond the frame)")
         figure.savefig(path)
         plt.close(figure)
     return path

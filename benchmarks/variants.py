@@ -1,9 +1,9 @@
 """Other deep memories than the one `DMGD` has: the rows of the ablation in docs/research/dmgd.md, never for use.
 
-Each is `DMGD` with one thing changed, and named for it. A variant goes by "dmgd:<name>" wherever an optimizer is named.
+Each is `DMGD` with one thing changed, and named for it; the two that predict rows and the one on coordinates are other
+memories altogether, on `Momentum`'s keys and read-out. A variant goes by "dmgd:<name>" wherever an optimizer is named.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -165,12 +165,12 @@ def _keys(name: str) -> type[deep_optim.DMGD]:
     return Keys
 
 
-Variant = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
+Variant = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
-# Tables of the document: row name to class and options. The first row of all is the default.
+# Tables of the document: row name to class and options. The first row of all is the reference.
 TABLES: dict[str, dict[str, Variant]] = {
     "structure": {
-        "default": (deep_optim.DMGD, {}),
+        "reference": (deep_optim.DMGD, {}),
         "no hidden layer": (deep_optim.DMGD, {"hidden_dim": 0}),
         "linear hidden layer": (LinearHidden, {}),
         "two hidden layers": (TwoHiddenLayers, {}),
@@ -199,4 +199,10 @@ TABLES: dict[str, dict[str, Variant]] = {
     },
 }  # fmt: skip
 
-VARIANTS: dict[str, Variant] = {f"dmgd:{name}": variant for table in TABLES.values() for name, variant in table.items()}
+HIDDEN = {"hidden_dim": 16}  # of the reference, and of every row that says nothing else
+
+VARIANTS: dict[str, Variant] = {
+    f"dmgd:{name}": (cls, (HIDDEN if issubclass(cls, deep_optim.DMGD) else {}) | options)
+    for table in TABLES.values()
+    for name, (cls, options) in table.items()
+}

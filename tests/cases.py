@@ -86,10 +86,10 @@ CASES = (
     Case("delta-adam", DeltaMomentum, {"output": "adam", "feature_map": "tanh"}),
     Case("delta-inner-steps", DeltaMomentum, {"inner_steps": 4, "lookahead": 2.0, "output": "adam"}),
     Case("delta-no-inner-lr", DeltaMomentum, {"inner_lr": 0.0, "feature_map": "sign"}),
-    Case("dmgd", DMGD),
-    Case("dmgd-identity", DMGD, {"output": "identity", "inner_steps": 1, "inner_lr": 0.1}),
+    Case("dmgd", DMGD, {"hidden_dim": 16}),
+    Case("dmgd-identity", DMGD, {"hidden_dim": 4, "output": "identity", "inner_steps": 1, "inner_lr": 0.1}),
     Case("dmgd-adam", DMGD, {"output": "adam", "hidden_dim": 3, "hidden_lr": 0.1}),
-    Case("dmgd-skip", DMGD, {"nonfinite": "skip", "nesterov": False, "inner_steps": 4}),
+    Case("dmgd-skip", DMGD, {"hidden_dim": 4, "nonfinite": "skip", "nesterov": False, "inner_steps": 4}),
     Case("dmgd-no-hidden", DMGD, {"hidden_dim": 0}),
 )
 

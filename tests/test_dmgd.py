@@ -1,15 +1,19 @@
 """DMGD in the limits where it is a known optimizer, against autograd, and with gradients made to break it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from deep_optim import DMGD, DeltaMomentum, Momentum
+import deep_optim
+from deep_optim import DeltaMomentum, Momentum
 from deep_optim.ops.feature_map import feature_map
 from deep_optim.ops.mlp_memory import sigmoid
 from problem import SHAPES, copy_params, make_params, set_grads, snapshot, trained
 
+DMGD = partial(deep_optim.DMGD, hidden_dim=16)  # by default there are none
 MATRICES = [(6, 4), (4, 6), (5, 5), (1, 6), (6, 1), (1, 1), (4, 3, 2, 2)]
 NAMES = ("memory.linear", "memory.w1", "memory.w2")
 
@@ -141,6 +145,149 @@ def test_hidden_weights_are_the_same_for_every_optimizer_and_scaled_to_the_keys(
     assert drawn[0][0].mean().abs() < 0.02
 
 
+def test_hidden_weights_are_drawn_once_and_then_rounded():
+    """Ranks and devices may differ in the dtype of a parameter, and in their default device or dtype."""
+    drawn = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        (param,) = make_params([(6, 4)], dtype)
+        optimizer = DMGD([param])
+        set_grads([param], 0)
+        optimizer.step()
+        drawn[dtype] = optimizer.state[param]["memory.w2"]
+    assert drawn[torch.bfloat16].dtype == torch.float32
+    assert not torch.equal(drawn[torch.float64].float().double(), drawn[torch.float64])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(drawn[dtype], drawn[torch.float64].float())
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (4, 12), (6, 4, 2)], ids=str)
+def test_blocks_of_rows_are_matrices_of_their_own(shape):
+    """Each block has the memory, and makes the step, of a parameter that is this block."""
+    (whole,) = make_params([shape], torch.float64)
+    blocks = [torch.nn.Parameter(block.clone()) for block in whole.detach().chunk(2)]
+    options = dict(hidden_dim=3, hidden_lr=0.1)
+    split, apart = DMGD([{"params": [whole], "split": 2}], **options), DMGD(blocks, **options)
+    for step in range(3):
+        set_grads([whole], step)
+        for block, grad in zip(blocks, whole.grad.chunk(2), strict=True):
+            block.grad = grad.clone()
+        split.step()
+        apart.step()
+    torch.testing.assert_close(whole.detach(), torch.cat(blocks).detach())
+    for name in NAMES:
+        torch.testing.assert_close(split.state[whole][name], torch.cat([apart.state[block][name] for block in blocks]))
+
+
+def test_state_is_contiguous_whatever_the_shape():
+    params = make_params(MATRICES)
+    optimizer = DMGD(params)
+    for step in range(2):
+        set_grads(params, step)
+        optimizer.step()
+        assert all(value.is_contiguous() for state in optimizer.state.values() for value in state.values())
+
+
+def test_adam_output_keeps_four_bytes_more_per_parameter_and_a_counter():
+    (param,) = make_params([(6, 4)])
+    optimizer = DMGD([param], output="adam", hidden_dim=3)
+    set_grads([param], 0)
+    optimizer.step()
+    assert sum(value.nbytes for value in optimizer.state[param].values()) == 8 * 24 + 4 * 3 * (6 + 4) + 4
+
+
+@pytest.mark.parametrize("lookahead", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_adam_output_is_unbiased_for_any_lookahead(lookahead, nesterov):
+    """With nothing erased and a constant gradient of one size, every step is lr, from the first to the last."""
+    param = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    options = dict(inner_lr=0.0, output="adam", lr=0.1, weight_decay=0.0, nesterov=nesterov, lookahead=lookahead)
+    optimizer = DMGD([param], **options)
+    for step in range(1, 5):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), torch.full_like(param, -0.1 * step), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("inner_lr", [1e-3, 0.5])
+def test_training_the_hidden_weights_never_poisons_them(scale, inner_lr):
+    """Their size is kept to the last digits, whatever the size of the gradients and of the target."""
+    grads = [gradient(seed).float() * scale for seed in range(10)]
+    _, state = run(grads, hidden_lr=0.1, inner_lr=inner_lr)
+    _, untrained = run(grads[:1], hidden_lr=0.0)
+    torch.testing.assert_close(state["memory.w2"].norm(), untrained["memory.w2"].norm())
+    assert not torch.equal(state["memory.w2"], untrained["memory.w2"])
+
+
+def test_no_inner_lr_means_no_target_to_train_hidden_weights_on():
+    grads = [gradient(seed) for seed in range(3)]
+    _, trained_state = run(grads, hidden_lr=0.1, inner_lr=0.0)
+    _, state = run(grads, hidden_lr=0.0, inner_lr=0.0)
+    assert torch.equal(trained_state["memory.w2"], state["memory.w2"])
+
+
+def test_refuses_what_is_not_finite_in_any_group_and_names_all_of_it():
+    """A vector under AdamW counts too, and so does a parameter that has no state yet."""
+    params, optimizer, _ = self_made(nonfinite="raise")
+    for index in (0, 2):
+        params[index].grad.view(-1)[0] = math.nan
+    with pytest.raises(RuntimeError, match=r"not finite, .*: \(6, 4\), \(7,\); nothing"):
+        optimizer.step()
+    fresh = DMGD(params := make_params())
+    set_grads(params, 0)
+    params[-1].grad.view(-1)[0] = math.inf
+    with pytest.raises(RuntimeError, match="not finite"):
+        fresh.step()
+    assert not fresh.state
+
+
+def test_a_skipped_parameter_trains_on_as_if_the_step_had_not_been():
+    """Even if it was the first: its counters have not moved either."""
+    for output in ("adam", "newton_schulz"):
+        params, copies = make_params(), make_params()
+        skipping, plain = (DMGD(each, nonfinite="skip", output=output) for each in (params, copies))
+        set_grads(params, 0)
+        for param in params:
+            param.grad.view(-1)[-1] = math.nan
+        skipping.step()
+        for step in range(1, 3):
+            for each, optimizer in ((params, skipping), (copies, plain)):
+                set_grads(each, step)
+                optimizer.step()
+        assert all(map(torch.equal, params, copies))
+
+
+@pytest.mark.parametrize("hidden_lr", [0.0, 0.1])
+@pytest.mark.parametrize("transposed", [False, True], ids=["tall", "wide"])
+def test_costs_the_flops_that_it_states(hidden_lr, transposed):
+    """8 m (1 + h/m)² per parameter and three products of m + h, and 2 h for the features; W₂ about as much again."""
+    r, p, h = 96, 32, 16
+    param = torch.nn.Parameter(torch.zeros((p, r) if transposed else (r, p)))
+    optimizer = DMGD([param], output="identity", hidden_dim=h, hidden_lr=hidden_lr)
+    param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    stated = 8 * p * (1 + h / p) ** 2 * r * p + 3 * 2 * (p + h) ** 3 + 2 * r * p * h
+    if hidden_lr:
+        assert 1.5 * stated < counter.get_total_flops() < 2 * stated
+    else:
+        assert counter.get_total_flops() == stated
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("transposed", [False, True], ids=["tall", "wide"])
+def test_the_first_write_is_the_soft_rows_in_closed_form(transposed, scale):
+    """Each key over its length and 0.3 of the RMS of the lengths, the whole brought back to the gradient's norm."""
+    grad = gradient(0, (8, 3)).float() * scale
+    _, state = run([grad.mT.contiguous() if transposed else grad])
+    keys = grad.double() / scale
+    length = keys.norm(dim=1, keepdim=True)
+    expected = keys / (length + 0.3 * length.square().mean().sqrt())
+    expected = expected * keys.norm() / expected.norm()
+    written = state["memory.linear"].double() / scale
+    torch.testing.assert_close(written.mT if transposed else written, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("hidden_lr", [0.0, 0.1])
 def test_transposing_the_weights_transposes_everything(hidden_lr):
     grads = [gradient(seed) for seed in range(4)]
@@ -166,7 +313,7 @@ def test_the_loss_scale_does_not_matter_in_float32(scale, hidden_lr):
 
 @pytest.mark.parametrize("hidden_lr", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("inner_steps", [1, 4, 8])
+@pytest.mark.parametrize("inner_steps", [1, 4, 6])
 def test_a_zero_gradient_writes_nothing(hidden_lr, dtype, inner_steps):
     """The memory only ages, by the common decay; nothing divides by zero, at the first step or later."""
     options, zero = dict(hidden_lr=hidden_lr, inner_steps=inner_steps), torch.zeros(6, 4, dtype=dtype)
@@ -283,6 +430,14 @@ def self_made(**options):
         ({"inner_lr": 0.9}, "Invalid inner_lr value: 0.9, stable up to"),
         ({"hidden_lr": math.nan}, "Invalid hidden_lr value: nan"),
         ({"lookahead": -0.5}, "Invalid lookahead value: -0.5"),
+        ({"lookahead": 0.0}, "Invalid lookahead value: 0.0 .nesterov=False"),
+        ({"lookahead": math.inf}, "Invalid lookahead value: inf"),
+        ({"inner_steps": 7}, "Invalid inner_steps value: 7, expected 1 to 6"),
+        ({"inner_steps": 2.0}, "Invalid inner_steps value: 2.0"),
+        ({"inner_steps": True}, "Invalid inner_steps value: True"),
+        ({"hidden_dim": math.inf}, "Invalid hidden_dim value: inf"),
+        ({"hidden_lr": math.inf}, "Invalid hidden_lr value: inf"),
+        ({"backend": "cuda"}, "Invalid backend: 'cuda'"),
         ({"nonfinite": "ignore"}, "Invalid nonfinite: 'ignore'"),
     ],
     ids=str,
@@ -303,3 +458,76 @@ def test_copies_do_not_share_a_memory():
     twin.load_state_dict(optimizer.state_dict())
     for old, new in zip(optimizer.state.values(), twin.state.values(), strict=True):
         assert all(old[name].data_ptr() != new[name].data_ptr() for name in old)
+
+
+@pytest.mark.parametrize("size", [64, 7])
+@pytest.mark.parametrize("inner_steps", range(1, 7))
+def test_is_stable_at_the_largest_inner_lr_in_bfloat16_too(inner_steps, size, monkeypatch):
+    """The polynomial's coefficients cancel: what is accepted must survive the rounding of its products."""
+    monkeypatch.setattr("deep_optim.ops.two_sided_delta.working_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("deep_optim.ops.deep_momentum.working_dtype", lambda _: torch.bfloat16)
+    inner_lr = 1.95 / 1.05 / (1 + (inner_steps > 1) / math.cosh(inner_steps * math.acosh(1.5))) / 2 - 1e-9
+    rng = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(size, 3, generator=rng) @ torch.randn(3, size, generator=rng)
+    grads = [low_rank + 0.01 * torch.randn(size, size, generator=rng) for _ in range(60)]
+    _, state = run(grads, inner_lr=inner_lr, inner_steps=inner_steps)
+    assert state["memory.linear"].norm() < max(float(grad.norm()) for grad in grads) / (1 - 0.95)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_gradient_too_large_to_be_summed_is_refused(nonfinite):
+    """Finite entries of 1e37, whose norm is beyond float32: the memory would be infinite."""
+    params, optimizer, before = self_made(nonfinite=nonfinite)
+    params[0].grad = torch.full_like(params[0], 1e37)
+    if nonfinite == "raise":
+        with pytest.raises(RuntimeError, match="too large to be summed"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    value, state = before[0]
+    assert torch.equal(params[0], value)
+    assert all(torch.equal(optimizer.state[params[0]][name], state[name]) for name in state)
+
+
+def test_hidden_weights_do_not_depend_on_the_default_device():
+    (param,) = params = make_params([(4, 3)])
+    optimizer = DMGD(params)
+    set_grads(params, 0)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert all(value.device.type == "cpu" for value in optimizer.state[param].values())
+
+
+def test_hidden_weights_survive_a_tiny_inner_lr_and_a_huge_gradient():
+    _, state = run([1e30 * gradient(seed).float() for seed in range(3)], inner_lr=1e-10, hidden_lr=0.1)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_skipping_is_decided_anew_at_every_compiled_step():
+    """What was not finite while the step was traced is stepped once it is."""
+    params = make_params([(4, 3), (3, 5)])
+    optimizer = DMGD(params, nonfinite="skip")
+    set_grads(params, 0)
+    optimizer.step()
+    step = torch.compile(optimizer.step, backend="eager")
+    params[0].grad[0, 0] = math.nan
+    twin = params[0].detach().clone()
+    with torch.no_grad():
+        step()
+        params[0].copy_(twin)  # inside a graph the NaN shows
+    for value in optimizer.state[params[0]].values():
+        value.nan_to_num_()
+    set_grads(params, 1)
+    step()
+    assert not torch.equal(params[0], twin)
+
+
+def test_by_default_there_is_no_hidden_layer():
+    params = make_params()
+    optimizer = deep_optim.DMGD(params)
+    set_grads(params, 0)
+    optimizer.step()
+    assert optimizer.state[params[0]]["memory.w1"].shape == (1, 6, 0)

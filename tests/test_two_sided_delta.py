@@ -6,8 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from deep_optim.ops.two_sided_delta import _coefficients, inverse_bound, most_erased, two_sided_delta
+from deep_optim.ops.two_sided_delta import (
+    _coefficients,
+    erasing_polynomial,
+    inverse_bound,
+    most_erased,
+    two_sided_delta,
+)
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 6), (6, 1), (1, 1), (3, 7, 4), (2, 2, 4, 9)]
 
@@ -151,3 +158,50 @@ def test_arguments_are_left_alone_and_layout_is_kept():
         after, read = two_sided_delta(memory, written, decay=0.9, short=0.5, long=0.5, inner_steps=3)
         assert torch.equal(memory, before[0]) and torch.equal(written, before[1])
         assert after.is_contiguous() and read.is_contiguous()
+
+
+@pytest.mark.parametrize("gram_norm", ["eigenvalue", "trace"])
+@pytest.mark.parametrize("inner_steps", [1, 2, 3, 6])
+def test_nothing_written_is_aging_alone_in_either_norm(inner_steps, gram_norm):
+    """A Gram of zero has no scale: nothing is divided by it."""
+    memory, _ = make((3, 6, 4))
+    written = torch.zeros_like(memory)
+    options = dict(decay=0.9, short=0.4, long=0.3, inner_steps=inner_steps, gram_norm=gram_norm)
+    after, read = two_sided_delta(memory, written, **options)
+    torch.testing.assert_close(after, 0.9 * memory)
+    torch.testing.assert_close(read, 0.81 * memory)
+
+
+def test_one_dead_member_of_a_stack_leaves_the_others_alone():
+    memory, written = make((3, 6, 4))
+    written[1] = 0.0
+    options = dict(decay=0.9, short=0.4, long=0.3, inner_steps=3)
+    after, _ = two_sided_delta(memory, written, **options)
+    for i in range(3):
+        torch.testing.assert_close(after[i], two_sided_delta(memory[i], written[i], **options)[0])
+
+
+@pytest.mark.parametrize("inner_steps", [2, 3, 4, 5, 6])
+def test_a_polynomial_of_a_bfloat16_gram_is_right_to_its_roundings(inner_steps):
+    """Each power of the Gram is rounded once or twice; the coefficients, which cancel, are not."""
+    eigenvalue = torch.linspace(0.02, 1, 50, dtype=torch.float64)
+    gram = torch.diag(eigenvalue).bfloat16()
+    eigenvalue = gram.double().diagonal()
+    share = eigenvalue * inverse_bound(gram.double() @ gram.double()).squeeze()
+    coefficients = _coefficients(inner_steps)
+    exact = sum(c * share ** (i + 1) for i, c in enumerate(coefficients))
+    roundings = sum(abs(c) * (i + 1) * share ** (i + 1) for i, c in enumerate(coefficients))
+    result = erasing_polynomial(gram, inner_steps, "eigenvalue")
+    assert result.dtype == torch.bfloat16
+    erased = result.double().diagonal() * eigenvalue
+    assert ((erased - exact).abs() <= torch.finfo(torch.bfloat16).eps * roundings).all()
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (32, 96)], ids=["tall", "wide"])
+@pytest.mark.parametrize("inner_steps, products", [(1, 1), (3, 3), (4, 4), (6, 5)])
+def test_costs_the_flops_that_it_states(shape, inner_steps, products):
+    """4 r p² on each of both sides, and a few products in the short dimension, however many inner steps."""
+    memory, written = make(shape)
+    with FlopCounterMode(display=False) as counter:
+        two_sided_delta(memory, written, decay=0.9, short=0.5, long=0.5, inner_steps=inner_steps)
+    assert counter.get_total_flops() == 2 * 4 * 96 * 32**2 + products * 2 * 32**3

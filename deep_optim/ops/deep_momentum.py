@@ -10,7 +10,8 @@ Nested Learning, arXiv:2512.24695, Eq. 50 under Eq. 49's objective. Given W₂, 
 [k, h(k)], so that everything `two_sided_delta` does for a linear memory holds for [M | W₁], and without hidden
 features it is that rule bit for bit. The hidden part answers for what the features share with the keys ("explains it
 away"), which changes what M keeps; only M is of the shape of the weights and is read. The factors make the arguments
-of s about 1 and ‖H‖ about ‖U‖. c is the target for which one inner step writes U, as in `DeltaMomentum`.
+of s about 1 and ‖H‖ about ‖U‖. c is the target for which one inner step writes U, as in `DeltaMomentum`; for W₂ it is
+that of a memory without hidden features.
 """
 
 import torch
@@ -141,9 +142,9 @@ def _train_hidden(memory: MLPMemory, written: Tensor, wide: bool, inner_lr: floa
     norm = frobenius_norm(written)
     key = (written.mT if wide else written) / norm  # [..., r, p]
     plain = MLPMemory(linear, outside * w1, inside * w2)  # m(k) = M k + (W₁/√(r h)) s((√(r p) W₂) k)
-    target = gram_bound(key) * norm / inner_lr
-    scale = frobenius_norm(linear) + frobenius_norm(w1) + target  # answers and target of size 1, however large U is
-    plain = MLPMemory(plain.linear / scale, plain.w1 / scale, plain.w2)
+    target = gram_bound(key) * norm  # inner_lr · c
+    scale = inner_lr * (frobenius_norm(linear) + frobenius_norm(w1)) + target  # answers and target of size 1 at most
+    plain = MLPMemory(plain.linear * (inner_lr / scale), plain.w1 * (inner_lr / scale), plain.w2)
     gradient = mlp_memory_gradients(plain, key, target / scale).w2
     size = torch.linalg.matrix_norm(w2, keepdim=True)
     moved = w2 - gradient / frobenius_norm(gradient) * (hidden_lr * size)

@@ -5,8 +5,7 @@
     in between         [B | G] = Φᵀ [A | Φ],   [Q | S] = (T / λ) [B | G]         p × p, in `two_sided_delta`
     `update_memory`    M′ = decay · M + U − rate · (A S + Φ Q),   D = lookahead · U + decay · M′,   W₁′ likewise
 
-Both terms of what is erased are proportional to (Φ / s)ᵀ(Φ / s) / λ, which no s changes, so that ‖U‖ can stand in for
-the norm of [U | ‖U‖ h(K)] that the reference divides by, and [A | Φ] times [S; Q] is one product with one accumulator.
+What is erased does not depend on the size of Φ, and [A | Φ] times [S; Q] is one product with one accumulator.
 Bytes per entry of M, with w ≈ p: 12 for the first pass (U, M; A, Φ) and 20 for the second (A, Φ, M, U; M′, D). Nothing
 of that size is in memory besides [A | Φ] and what is returned. A wide memory is read and written as the transpose of a
 tall one, through strides. All is deterministic: no atomics, sums in a fixed order. Sizes that are multiples of 16 are

@@ -47,8 +47,8 @@ def two_sided_delta(
     """Return the memory after one step, and what is read from it; see the module docstring for the equation.
 
     Scale-free: M′ and D are proportional to M and U. Stable while `short` + `long` stay below
-    (1 + `decay`) / `most_erased(inner_steps)`. For min(m, n) = p and max(m, n) = r it costs 4 r p² FLOPs a side and
-    2 p³ for each of about `inner_steps` / 2 + 2 products in the short dimension.
+    (1 + `decay`) / `most_erased(inner_steps)`. For min(m, n) = p and max(m, n) = r it costs 8 r p² FLOPs for
+    both sides (4 for `short` alone, 6 for `long` alone), and 2 p³ for the bound and for every p × p product.
 
     Args:
         memory: any stack of matrices. A wide one is handled as its transpose, without a copy.
@@ -201,7 +201,7 @@ def erasing_polynomial(gram: Tensor, inner_steps: int, gram_norm: GramNorm) -> T
 
 
 def times(polynomial: Tensor, matrix: Tensor) -> Tensor:
-    """Return the product with what `erasingerasing_polynomial` returned."""
+    """Return the product with what `erasing_polynomial` returned."""
     return polynomial * matrix if polynomial.shape[-1] == 1 else polynomial @ matrix
 
 

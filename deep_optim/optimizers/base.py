@@ -203,6 +203,7 @@ def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Return a tensor of the state as `update` is to see it: one of the parameter's shape as `shape`, others whole."""
     if tensor.ndim == 0 and param.ndim > 0:  # a counter, one for all blocks of the parameter
         return tensor.view(1, 1, 1).expand(shape[0], 1, 1)
     return whole(tensor).reshape(shape) if tensor.shape == param.shape else tensor
@@ -219,6 +220,7 @@ def _unstack(tensors: list[Tensor], stacked: Tensor) -> None:
 
 
 def capturing(param: Tensor) -> bool:
+    """Return whether a CUDA graph is recording, so that nothing on the device can be asked about."""
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -39,14 +39,15 @@ from .validation import check_at_least, check_choice, check_count
 Side = Literal["right", "left", "both"]
 
 _MARGIN = 1.05  # for rounding, where Grams are multiplied in bfloat16
+_MOST_STEPS = 6  # the coefficients of more cancel to below bfloat16's precision, and the memory may grow
 
 
 class DeltaMomentum(MemoryOptimizer):
     """Momentum that overwrites instead of piling up.
 
     Keeps 4 bytes per parameter (8 with `output="adam"`). For an m × n matrix with m ≤ n it costs 8 m FLOPs per
-    parameter (4 m for one side) and 1 to 4 products of m × m matrices before the output map, where Newton-Schulz costs
-    20 to 30 m per parameter in all.
+    parameter (4 m or 6 m for one side) and a product of m × m matrices, three for three inner steps, before the output
+    map, where Newton-Schulz costs 20 to 30 m per parameter in all.
 
     Args:
         params: parameters, named parameters, or groups of them; any shape.
@@ -56,7 +57,7 @@ class DeltaMomentum(MemoryOptimizer):
         inner_lr: how far the memory moves towards what the inner steps make of it, per side; 0 is plain momentum.
             Stable while its sum over the sides is below 1 + momentum (a little less for several inner steps), and
             refused above.
-        inner_steps: gradient steps on the regression per gradient, in closed form.
+        inner_steps: gradient steps on the regression per gradient, in closed form; 1 to 6.
         weight_decay: decoupled, multiplied by `lr` as in AdamW.
         nesterov: read the memory with the same write added `lookahead` times more.
         lookahead: 1 is Nesterov's. More weighs the gradient at hand more, which a memory that is long in its quiet
@@ -140,8 +141,8 @@ class DeltaMomentum(MemoryOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check_at_least(group, 0.0, "inner_lr", "lookahead")
-        check_count(group, "inner_steps")
+        check_at_least(group, 0.0, "inner_lr")
+        check_read_and_steps(group)
         check_choice(group, "side", get_args(Side))
         check_choice(group, "gram_norm", get_args(GramNorm))
         check_choice(group, "feature_map", get_args(FeatureMap))
@@ -169,6 +170,15 @@ class DeltaMomentum(MemoryOptimizer):
             backend=group["backend"],
         )
         return direction
+
+
+def check_read_and_steps(group: Mapping[str, Any]) -> None:
+    """Refuse a read-out that is the memory alone, which has a name, and more steps than their polynomial bears."""
+    if not 0.0 < group["lookahead"] < float("inf"):
+        raise ValueError(f"Invalid lookahead value: {group['lookahead']} (nesterov=False reads the memory alone)")
+    check_count(group, "inner_steps")
+    if group["inner_steps"] > _MOST_STEPS:
+        raise ValueError(f"Invalid inner_steps value: {group['inner_steps']}, expected 1 to {_MOST_STEPS}")
 
 
 def check_stable(group: Mapping[str, Any], *, sides: int) -> None:

@@ -3,8 +3,8 @@
     loss      ‖[M | W₁] Φᵀ − c I‖² / ‖c I‖²           Φ: the features of the gradient's keys; 1 for an empty memory
     explained (1 − loss) · r / min(r, p + h)          of what p + h features can answer for r keys at all
 
-The target c is the one that `DMGD` trains towards. Nothing of size r × r is formed: ‖W Φᵀ − c I‖² =
-⟨WᵀW, ΦᵀΦ⟩ − 2 c ⟨W, Φ⟩ + c² r.
+The target c is the one at which one inner step of [M | W₁] writes what `DMGD` writes. Nothing of size r × r is formed:
+‖W Φᵀ − c I‖² = ⟨WᵀW, ΦᵀΦ⟩ − 2 c ⟨W, Φ⟩ + c² r.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class MemoryReport(NamedTuple):
         w1_norm: of W₁.
         w2_norm: of W₂.
         gradient_norm: of the gradient.
-        cosine: between what would be subtracted from the weights and the gradient; above 0 the step descends.
+        cosine: between the step and the one that was asked for, down the gradient or up under `maximize`.
     """
 
     loss_before: float
@@ -55,9 +55,10 @@ def report(
     p, r = sorted(written.shape[-2:])
     features = p + before.w2.shape[-2 if written.shape[-2] >= written.shape[-1] else -1]
     explained = (1 - losses[1]) * r / min(r, features)
-    sizes = [torch.linalg.vector_norm(tensor) for tensor in (*before, grad)]
-    cosine = (direction * (grad / frobenius_norm(grad))).sum() / frobenius_norm(direction.flatten(0, 1)).squeeze()
-    return MemoryReport(*torch.stack([*losses, explained, *sizes, cosine / len(grad) ** 0.5]).tolist())
+    norms = [frobenius_norm(tensor.flatten(0, 1)).squeeze() for tensor in (*before, grad)]
+    sizes = [torch.where(norm > torch.finfo(norm.dtype).tiny, norm, 0.0) for norm in norms]  # its floor stands for 0
+    units = [tensor / frobenius_norm(tensor.flatten(0, 1)) for tensor in (direction, grad)]
+    return MemoryReport(*torch.stack([*losses, explained, *sizes, (units[0] * units[1]).sum()]).tolist())
 
 
 def inner_loss(memory: MLPMemory, written: Tensor, inner_lr: float) -> Tensor:  # [B, m, n] -> [B]
@@ -76,4 +77,4 @@ def inner_loss(memory: MLPMemory, written: Tensor, inner_lr: float) -> Tensor:  
     answers = weights * (inner_lr / (norm * bound.sqrt()))  # W / c
     square = ((answers.mT @ answers) * (features.mT @ features)).sum((-2, -1))
     loss = (square - 2 * (answers * features).sum((-2, -1))) / features.shape[-2] + 1
-    return torch.where(bound.flatten() > 0, loss, 1.0)
+    return torch.where(bound.flatten() == 0, 1.0, loss)

@@ -1,6 +1,8 @@
 """Checks of hyper-parameters, in torch.optim's words. Each is written so that NaN fails it."""
 
+import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +21,9 @@ def check_lr(group: Mapping[str, Any]) -> None:
 
 
 def check_at_least(group: Mapping[str, Any], minimum: float, *names: str) -> None:
-    """Refuse values below `minimum`."""
+    """Refuse values below `minimum`, and infinity."""
     for name in names:
-        if not group[name] >= minimum:
+        if not minimum <= group[name] < math.inf:
             raise ValueError(f"Invalid {name} value: {group[name]}")
 
 
@@ -31,10 +33,10 @@ def check_range(group: Mapping[str, Any], name: str, minimum: float, maximum: fl
         raise ValueError(f"Invalid {name} value: {group[name]}, expected {minimum} to {maximum}")
 
 
-def check_count(group: Mapping[str, Any], *names: str) -> None:
-    """Refuse what is no whole number of at least 1."""
+def check_count(group: Mapping[str, Any], *names: str, minimum: int = 1) -> None:
+    """Refuse what is no whole number of at least `minimum`."""
     for name in names:
-        if not (group[name] >= 1 and group[name] == int(group[name])):
+        if not isinstance(group[name], Integral) or isinstance(group[name], bool) or group[name] < minimum:
             raise ValueError(f"Invalid {name} value: {group[name]}")
 
 
