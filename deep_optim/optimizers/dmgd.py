@@ -60,8 +60,8 @@ class DMGD(MemoryOptimizer):
             plain momentum. Stable while twice of it is below 1 + momentum (a little less for several inner steps), and
             refused above; so a low `momentum` needs a low `inner_lr`.
         inner_steps: gradient steps on the regression per gradient, in closed form; 1 to 6.
-        hidden_dim: hidden features of the memory, h. 0, a linear memory, because none were worth anything on the task
-            they were measured on; 16 is what the paper's MLP costs least.
+        hidden_dim: hidden features of the memory, h. 0, a linear memory, because on the task they were measured on they
+            were worth nothing; 16 make it the paper's MLP at little cost.
         hidden_lr: size of the hidden weights' own step, relative to their size; 0 leaves them as they were drawn.
         weight_decay: decoupled, multiplied by `lr` as in AdamW.
         nesterov: read the memory with the same write added `lookahead` times more.
