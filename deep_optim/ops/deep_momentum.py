@@ -141,10 +141,10 @@ def _train_hidden(memory: MLPMemory, written: Tensor, wide: bool, inner_lr: floa
     inside, outside = _scales(written, w2.shape[-2])
     norm = frobenius_norm(written)
     key = (written.mT if wide else written) / norm  # [..., r, p]
-    plain = MLPMemory(linear, outside * w1, inside * w2)  # m(k) = M k + (W₁/√(r h)) s((√(r p) W₂) k)
     target = gram_bound(key) * norm  # inner_lr · c
     scale = inner_lr * (frobenius_norm(linear) + frobenius_norm(w1)) + target  # answers and target of size 1 at most
-    plain = MLPMemory(plain.linear * (inner_lr / scale), plain.w1 * (inner_lr / scale), plain.w2)
+    share = inner_lr / scale
+    plain = MLPMemory(linear * share, outside * w1 * share, inside * w2)  # m(k) = M k + (W₁/√(r h)) s((√(r p) W₂) k)
     gradient = mlp_memory_gradients(plain, key, target / scale).w2
     size = torch.linalg.matrix_norm(w2, keepdim=True)
     moved = w2 - gradient / frobenius_norm(gradient) * (hidden_lr * size)
