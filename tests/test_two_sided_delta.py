@@ -191,7 +191,7 @@ def test_a_polynomial_of_a_bfloat16_gram_is_right_to_its_roundings(inner_steps):
     coefficients = _coefficients(inner_steps)
     exact = sum(c * share ** (i + 1) for i, c in enumerate(coefficients))
     roundings = sum(abs(c) * (i + 1) * share ** (i + 1) for i, c in enumerate(coefficients))
-    result = erasing_polynomial(gram, inner_steps, "eigenvalue")
+    (result,) = erasing_polynomial(gram[None], inner_steps, "eigenvalue")
     assert result.dtype == torch.bfloat16
     erased = result.double().diagonal() * eigenvalue
     assert ((erased - exact).abs() <= torch.finfo(torch.bfloat16).eps * roundings).all()

@@ -21,7 +21,14 @@ from .backend import Backend, use_triton
 from .frobenius import frobenius_norm
 from .mlp_memory import MLPMemory, mlp_memory_gradients, sigmoid
 from .newton_schulz import working_dtype
-from .two_sided_delta import erasure, gram_bound, two_sided_delta_triton, write_and_read
+from .two_sided_delta import (
+    erasure,
+    gram_bound,
+    one_stack,
+    two_sided_delta,
+    two_sided_delta_triton,
+    write_and_read,
+)
 
 
 def deep_momentum(
@@ -50,6 +57,18 @@ def deep_momentum(
         lookahead: how many times the write counts again in D; 1 is Nesterov's, None reads M as it is.
         backend: "auto", "reference" or "triton". "auto" takes Triton where anything is erased.
     """
+    if _hidden_dim(memory, written) == 0:
+        linear, read = two_sided_delta(
+            memory.linear,
+            written,
+            decay=decay,
+            short=inner_lr,
+            long=inner_lr,
+            inner_steps=inner_steps,
+            lookahead=lookahead,
+            backend=backend,
+        )
+        return memory._replace(linear=linear), read
     triton = use_triton(backend, *memory, written) and (backend == "triton" or inner_lr != 0)
     step = _deep_momentum_triton if triton else deep_momentum_reference
     return step(
@@ -79,15 +98,11 @@ def deep_momentum_reference(
     norm = frobenius_norm(written)
     key = (written / norm).to(working_dtype(written))
     hidden = hidden_part(memory.w2, key)  # h(K), of the layout of W₁
-    erased = erasure(
-        torch.cat([memory.linear.to(key.dtype), memory.w1.to(key.dtype)], dim),
-        torch.cat([key, hidden.to(key.dtype)], dim),
-        short=inner_lr,
-        long=inner_lr,
-        inner_steps=inner_steps,
-    )
+    both = torch.cat([memory.linear.to(key.dtype), memory.w1.to(key.dtype)], dim)  # [M | W₁]
+    features = torch.cat([key, hidden.to(key.dtype)], dim)
+    erased = erasure(one_stack(both), one_stack(features), inner_lr, inner_lr, inner_steps)
     sizes = [key.shape[dim], hidden.shape[dim]]
-    from_linear, from_w1 = (None, None) if erased is None else erased.split(sizes, dim)
+    from_linear, from_w1 = (None, None) if erased is None else erased.reshape(both.shape).split(sizes, dim)
     linear, read = write_and_read(memory.linear, written, from_linear, decay, lookahead)
     w1, _ = write_and_read(memory.w1, norm * hidden, from_w1, decay, None)
     return MLPMemory(linear, w1, _train_hidden(memory, written, wide, inner_lr, hidden_lr)), read
@@ -113,9 +128,13 @@ def _deep_momentum_triton(
         inner_steps=inner_steps,
         gram_norm="eigenvalue",
         lookahead=lookahead,
-        scales=_scales(written, memory.w1.shape[-2 if wide else -1]),
+        scales=_scales(written, _hidden_dim(memory, written)),
     )
     return MLPMemory(linear, w1, _train_hidden(memory, written, wide, inner_lr, hidden_lr)), read
+
+
+def _hidden_dim(memory: MLPMemory, written: Tensor) -> int:
+    return memory.w1.shape[-2 if written.shape[-2] < written.shape[-1] else -1]
 
 
 def _scales(written: Tensor, hidden_dim: int) -> tuple[float, float]:

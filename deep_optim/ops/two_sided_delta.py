@@ -101,7 +101,7 @@ def two_sided_delta_reference(
 ) -> tuple[Tensor, Tensor]:
     """The equation as written; the ground truth that the other path is tested against."""
     key = (written / frobenius_norm(written)).to(working_dtype(written))
-    erased = erasure(memory, key, short, long, inner_steps, gram_norm)
+    erased = erasure(one_stack(memory), one_stack(key), short, long, inner_steps, gram_norm)
     return write_and_read(memory, written, erased, decay, lookahead)
 
 
@@ -118,15 +118,14 @@ def two_sided_delta_triton(
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor, Tensor]:  # M′, W₁′, D
     """The same rule for [M | W₁] written with [U | ‖U‖ h(U / ‖U‖)]; `deep_momentum_triton` has the passes it makes."""
-    stack = math.prod(written.shape[:-2])
-    linear, w1, w2, flat = (t.reshape(stack, *t.shape[-2:]).contiguous() for t in (*memory, written))
+    linear, w1, w2, flat = (one_stack(tensor).contiguous() for tensor in (*memory, written))
     # The interpreter has no bfloat16: https://github.com/triton-lang/triton/issues/11584
     dtype = torch.bfloat16 if written.is_cuda else torch.float32
     operands, w1 = write_operands(
         MLPMemory(linear, w1, w2), flat, frobenius_norm(flat), decay=decay, scales=scales, dtype=dtype
     )
     w = operands.shape[-1] // 2
-    products = operands[..., w:].mT @ operands  # ΦᵀA, ΦᵀΦ
+    products = torch.bmm(operands[..., w:].mT, operands)  # ΦᵀA, ΦᵀΦ
     factors = times(erasing_polynomial(products[..., w:], inner_steps, gram_norm), products)  # Q, S
     if short != long:
         factors = torch.cat([long * factors[..., :w], short * factors[..., w:]], -1)
@@ -135,13 +134,18 @@ def two_sided_delta_triton(
     return linear.reshape(written.shape), w1.reshape(memory.w1.shape), read.reshape(written.shape)
 
 
+def one_stack(matrix: Tensor) -> Tensor:  # [..., m, n] -> [B, m, n]
+    """Return the matrices with one leading dimension, which `torch.bmm` takes; `@` copies what is transposed."""
+    return matrix.reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
+
+
 def write_and_read(
     memory: Tensor, written: Tensor, erased: Tensor | None, decay: float, lookahead: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return M′ = decay · M + U − erased, and D."""
     memory = (decay * memory).add_(written)
     if erased is not None:
-        memory.sub_(erased)
+        memory.sub_(erased.reshape(memory.shape))
     return memory, memory if lookahead is None else (lookahead * written).add_(memory, alpha=decay)
 
 
@@ -157,35 +161,35 @@ def gram_bound(key: Tensor) -> Tensor:  # [..., r, p] -> [..., 1, 1]
 
 
 def erasure(
-    memory: Tensor,  # M [..., m, n]
-    key: Tensor,  # K [..., m, n], of any size up to about 1; its dtype is that of the products
+    memory: Tensor,  # M [B, m, n]
+    key: Tensor,  # K [B, m, n], of any size up to about 1; its dtype is that of the products
     short: float,
     long: float,
     inner_steps: int,
     gram_norm: GramNorm = "eigenvalue",
-) -> Tensor | None:  # [..., m, n]
+) -> Tensor | None:  # [B, m, n]
     """Return short · M C T + long · K T KᵀM, or None for nothing."""
     if not (short or long):
         return None
     wide = memory.shape[-2] < memory.shape[-1]
     memory = memory.to(key.dtype)
     if wide:
-        key, memory = key.mT, memory.mT  # [..., r, p]
-    gram = key.mT @ key  # λ C [..., p, p]
+        key, memory = key.mT, memory.mT  # [B, r, p]
+    gram = torch.bmm(key.mT, key)  # λ C [B, p, p]
     polynomial = erasing_polynomial(gram, inner_steps, gram_norm)
     right = [(memory, times(polynomial, gram).mul_(short))] if short else []
-    left = [(key, times(polynomial, key.mT @ memory).mul_(long))] if long else []
+    left = [(key, times(polynomial, torch.bmm(key.mT, memory)).mul_(long))] if long else []
     # Products with r rows are taken in the layout of `memory`, or every later pass over them would transpose.
-    products = [(b.mT @ a.mT) if wide else (a @ b) for a, b in right + left]
+    products = [torch.bmm(b.mT, a.mT) if wide else torch.bmm(a, b) for a, b in right + left]
     return products[0] if len(products) == 1 else products[0].add_(products[1])
 
 
-def erasing_polynomial(gram: Tensor, inner_steps: int, gram_norm: GramNorm) -> Tensor:
-    """Return T(C) / λ, where `gram` is λ C: by Horner's rule, two degrees at a time; [..., 1, 1] if it is constant.
+def erasing_polynomial(gram: Tensor, inner_steps: int, gram_norm: GramNorm) -> Tensor:  # [B, p, p]
+    """Return T(C) / λ, where `gram` is λ C: by Horner's rule, two degrees at a time; [B, 1, 1] if it is constant.
 
     Only products are taken in the low precision of `gram`.
     """
-    square = gram @ gram if gram_norm == "eigenvalue" or inner_steps > 2 else gram  # λ² C²
+    square = torch.bmm(gram, gram) if gram_norm == "eigenvalue" or inner_steps > 2 else gram  # λ² C²
     scale = inverse_bound(square) if gram_norm == "eigenvalue" else inverse_trace(gram)  # 1 / λ
     coefficients = [c * scale ** (i + 1) for i, c in enumerate(_coefficients(inner_steps))]
     if inner_steps == 1:
@@ -196,13 +200,13 @@ def erasing_polynomial(gram: Tensor, inner_steps: int, gram_norm: GramNorm) -> T
         linear.diagonal(dim1=-2, dim2=-1).add_(constant.squeeze(-1))
         result = linear.add_(result)
         if coefficients:
-            result = square @ result.to(square.dtype)
+            result = torch.bmm(square, result.to(square.dtype))
     return result.to(gram.dtype)
 
 
 def times(polynomial: Tensor, matrix: Tensor) -> Tensor:
     """Return the product with what `erasing_polynomial` returned."""
-    return polynomial * matrix if polynomial.shape[-1] == 1 else polynomial @ matrix
+    return polynomial * matrix if polynomial.shape[-1] == 1 else torch.bmm(polynomial, matrix)
 
 
 def inverse_bound(square: Tensor) -> Tensor:  # (KᵀK)² [..., p, p] -> [..., 1, 1], at least float32
