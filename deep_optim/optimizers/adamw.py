@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from .rounding import from_master, is_low, to_master
 from .sharding import local
 
 
@@ -22,17 +23,15 @@ def init_adamw_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def adamw_step(params: list[Tensor], states: list[dict[str, Tensor]], group: Mapping[str, Any]) -> None:
-    """Step `params` in place by torch's AdamW. Low precision takes the step in float32 and is rounded once."""
-    dtypes = [torch.promote_types(param.dtype, torch.float32) for param in params]
-    exact = [i for i, param in enumerate(params) if param.dtype == dtypes[i]]
+    """Step `params` in place by torch's AdamW."""
+    exact = [i for i, param in enumerate(params) if not is_low(param)]
     if exact:
         _adamw([local(params[i]) for i in exact], [_grad(params[i]) for i in exact], [states[i] for i in exact], group)
-    for i, param in enumerate(params):  # one at a time: a float32 copy of all would double the model
-        if param.dtype != dtypes[i]:
-            shard = local(param)
-            master = shard.to(dtypes[i])
-            _adamw([master], [_grad(param).to(dtypes[i])], [states[i]], group)
-            shard.copy_(master)
+    for param, state in zip(params, states, strict=True):  # one at a time: a float32 copy of all would double the model
+        if is_low(param):
+            master = to_master(param, state)
+            _adamw([master], [_grad(param).to(master.dtype)], [state], group)
+            from_master(master, param, state)
 
 
 def _grad(param: Tensor) -> Tensor:

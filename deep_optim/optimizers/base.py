@@ -21,6 +21,7 @@ from .adamw import adamw_step, init_adamw_state
 from .checkpoint import ExactStateMixin
 from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
+from .rounding import COMPENSATION, from_master, init_compensation, to_master
 from .sharding import local, local_of, whole
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
@@ -154,9 +155,10 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter that has seen no gradient."""
         like = torch.empty_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+        compensation = init_compensation(param, group)
         if not has_memory(param, group):
-            return init_adamw_state(like, group)
-        state = {**self.init_state(like, group), **init_output_state(like, group)}
+            return init_adamw_state(like, group) | compensation
+        state = {**self.init_state(like, group), **init_output_state(like, group), **compensation}
         if group["capturable"] and "step" in state:
             state["step"] = state["step"].to(param.device)
         return state
@@ -177,7 +179,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
             if "step" in state:
                 state["step"] += 1
         grad = _stack([whole(param.grad).to(dtype).reshape(shape) for param in params])  # type: ignore[arg-type]
-        names = list(states[0])
+        names = [name for name in states[0] if name != COMPENSATION]
         before = {name: _stack([as_matrices(state[name], params[0], shape) for state in states]) for name in names}
         stacked = dict(before)
 
@@ -187,7 +189,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         for name in names:
             if stacked[name] is not before[name]:
                 _unstack([state[name] for state in states], stacked[name])
-        _descend(params, direction, group)
+        _descend(params, states, direction, group)
 
 
 def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -224,7 +226,7 @@ def capturing(param: Tensor) -> bool:
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _descend(params: list[Tensor], direction: Tensor, group: dict[str, Any]) -> None:
+def _descend(params: list[Tensor], states: list[dict[str, Tensor]], direction: Tensor, group: dict[str, Any]) -> None:
     """W ← (1 − lr · weight_decay) · W − lr · D, in place, for parameters that share out the stack D."""
     lr, weight_decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
@@ -234,11 +236,9 @@ def _descend(params: list[Tensor], direction: Tensor, group: dict[str, Any]) -> 
         step = -lr
     blocks = direction.chunk(len(params))
     directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
-    shards = [local(param) for param in params]
-    masters = [shard.to(direction.dtype) for shard in shards]  # low precision is rounded once, at the end
+    masters = [to_master(param, state) for param, state in zip(params, states, strict=True)]
     if weight_decay != 0:
         torch._foreach_mul_(masters, 1 - lr * weight_decay)
     torch._foreach_add_(masters, directions, alpha=step)
-    for shard, master in zip(shards, masters, strict=True):
-        if shard is not master:
-            shard.copy_(master)
+    for master, param, state in zip(masters, params, states, strict=True):
+        from_master(master, param, state)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from .rounding import COMPENSATION
+
 
 class ExactStateMixin(Optimizer):
     """Loads state bit for bit, or raises ValueError and leaves the optimizer as it was."""
@@ -43,10 +45,10 @@ class ExactStateMixin(Optimizer):
 
         def restore(optimizer: Optimizer) -> None:  # before the user's hooks
             for param, group, saved in self._pairs(loaded):
-                expected = self.new_state(param.to("meta"), group)
-                for name, value in saved.items():
-                    if name in expected:
-                        self.state[param][name] = _restored(value, expected[name], param.device)
+                for name, fresh in self.new_state(param.to("meta"), group).items():
+                    self.state[param][name] = (
+                        _restored(saved[name], fresh, param.device) if name in saved else torch.zeros_like(param)
+                    )
 
         handles = [
             self.register_load_state_dict_pre_hook(check),
@@ -68,13 +70,13 @@ class ExactStateMixin(Optimizer):
 
     def _check_state(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         expected = self.new_state(param.to("meta"), group)
-        if missing := expected.keys() - saved.keys():
+        if missing := expected.keys() - saved.keys() - {COMPENSATION}:  # which may start at any time
             raise ValueError(
                 f"loaded state dict has no {', '.join(sorted(missing))} for a parameter of size {tuple(param.size())}; "
                 f"it holds {', '.join(sorted(saved))} and may be another optimizer's than {type(self).__name__}'s"
             )
         for name, fresh in expected.items():
-            value = saved[name]
+            value = saved.get(name)
             if isinstance(value, Tensor) and value.shape != fresh.shape:
                 raise ValueError(
                     f"loaded state dict has {name} of size {tuple(value.size())} for a parameter of size "

@@ -82,6 +82,8 @@ class DMGD(MemoryOptimizer):
         capturable: keep counters on the device, so that a CUDA graph can capture the step.
         differentiable: refused; the memories are written in place.
         fused: use torch's fused AdamW for what is no matrix; by default wherever torch has one.
+        kahan_sum: keep what rounding takes from bfloat16 and float16 weights, so that small updates are not lost, at
+            2 bytes per parameter.
         backend: "auto", "reference" or "triton", for the step of the memory.
 
     Raises:
@@ -117,6 +119,7 @@ class DMGD(MemoryOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        kahan_sum: bool = False,
         backend: Backend = "auto",
     ) -> None:
         defaults = {
@@ -140,6 +143,7 @@ class DMGD(MemoryOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "kahan_sum": kahan_sum,
             "backend": backend,
         }
         super().__init__(params, defaults)

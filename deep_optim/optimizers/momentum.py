@@ -51,6 +51,8 @@ class Momentum(MemoryOptimizer):
         capturable: keep counters on the device, so that a CUDA graph can capture the step.
         differentiable: refused; the memories are written in place.
         fused: use torch's fused AdamW for what is no matrix; by default wherever torch has one.
+        kahan_sum: keep what rounding takes from bfloat16 and float16 weights, so that small updates are not lost, at
+            2 bytes per parameter.
 
     Raises:
         ValueError: for a value out of range, in the constructor or in any group.
@@ -79,6 +81,7 @@ class Momentum(MemoryOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        kahan_sum: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -96,6 +99,7 @@ class Momentum(MemoryOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "kahan_sum": kahan_sum,
         }
         super().__init__(params, defaults)
 

@@ -63,6 +63,8 @@ class PreconditionedMomentum(MemoryOptimizer):
         capturable: keep counters on the device, so that a CUDA graph can capture the step.
         differentiable: refused; the memories are written in place.
         fused: use torch's fused AdamW for what is no matrix; by default wherever torch has one.
+        kahan_sum: keep what rounding takes from bfloat16 and float16 weights, so that small updates are not lost, at
+            2 bytes per parameter.
 
     Raises:
         ValueError: for a value out of range, in the constructor or in any group.
@@ -93,6 +95,7 @@ class PreconditionedMomentum(MemoryOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        kahan_sum: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,6 +115,7 @@ class PreconditionedMomentum(MemoryOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "kahan_sum": kahan_sum,
         }
         super().__init__(params, defaults)
 
