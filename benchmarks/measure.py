@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def paired_rounds(
@@ -46,6 +50,53 @@ def summarize(seconds: Mapping[str, list[float]], reference: str) -> dict[str, d
             "ratio_q3": high,
         }
     return summary
+
+
+class TransientMemory(TorchDispatchMode):
+    """Within it, `peak` becomes the most bytes that tensors made meanwhile held at any time.
+
+    It sees what operations return, not what they need inside themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._living: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in old:
+                self._living.append((StorageWeakRef(storage), storage.nbytes()))
+                old.add(storage._cdata)
+        self._living = [(reference, size) for reference, size in self._living if not reference.expired()]
+        self.peak = max(self.peak, sum(size for _, size in self._living))
+        return out
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """The best rates of one large product and of one large copy, read and written bytes both counted."""
+    side, entries = (768, 2**23) if device == "cpu" else (8192, 2**28)
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    source, target = torch.randn(2, entries, device=device)
+    arms = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
+    seconds = paired_rounds({name: waiting(arm, device) for name, arm in arms.items()}, rounds=20)
+    return {
+        "gflops": 2 * side**3 / min(seconds["product"]) / 1e9,
+        "gbytes": 8 * entries / min(seconds["copy"]) / 1e9,
+    }
+
+
+def waiting(arm: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call and, on an accelerator, its end."""
+
+    def call() -> None:
+        arm()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return call
 
 
 def machine() -> dict[str, Any]:

@@ -140,8 +140,17 @@ OPTIMIZERS = {
     "delta_momentum": Entry(
         "DeltaMomentum (ours)", partial(_ours, name="DeltaMomentum"), _MATRIX, "momentum", (0.8, 0.9, 0.95)
     ),
-    # With a hidden layer, or it would be a linear memory: its own default has none.
-    "dmgd": Entry("DMGD (ours)", partial(_ours, name="DMGD", hidden_dim=16), _MATRIX, "momentum", (0.9, 0.95, 0.98)),
+    "delta_identity": Entry(
+        "DeltaMomentum, identity output (ours)",
+        partial(_ours, name="DeltaMomentum", output="identity", side="right"),
+        _GRADIENT, "momentum", (0.8, 0.9, 0.95),
+    ),
+    "dmgd": Entry(
+        "DMGD, 16 hidden (ours)", partial(_ours, name="DMGD", hidden_dim=16), _MATRIX, "momentum", (0.9, 0.95, 0.98)
+    ),
+    "dmgd_linear": Entry(
+        "DMGD, its defaults (ours)", partial(_ours, name="DMGD"), _MATRIX, "momentum", (0.9, 0.95, 0.98)
+    ),
 }  # fmt: skip
 
 # The best points by task, for runs that do not search; docs/benchmarks.md has the searches.
@@ -152,6 +161,7 @@ TUNED = {
         "momentum": Setting(lr=1.2e-2, second=0.7),
         "delta_momentum": Setting(lr=1.2e-2, second=0.9),
         "dmgd": Setting(lr=1.2e-2, second=0.95),
+        "dmgd_linear": Setting(lr=1.2e-2, second=0.95),
     },
 }
 

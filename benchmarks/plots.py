@@ -27,9 +27,11 @@ COLORS = {
     "momentum": "#56B4E9",
     "preconditioned_momentum": "#E69F00",
     "delta_momentum": "#D55E00",
+    "delta_identity": "#DDCC77",
     "dmgd": "#882255",
+    "dmgd_linear": "#AA4499",
 }
-OURS = ("momentum", "preconditioned_momentum", "delta_momentum", "dmgd")
+OURS = ("momentum", "preconditioned_momentum", "delta_momentum", "delta_identity", "dmgd", "dmgd_linear")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -182,7 +184,8 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
                 spread = [[numbers["ratio"] - numbers["ratio_q1"]], [numbers["ratio_q3"] - numbers["ratio"]]]
                 fade = 0.45 if arm != name else 0.9
                 axis.barh(row, numbers["ratio"], xerr=spread, color=COLORS[name], alpha=fade, error_kw={"lw": 1})
-                note = f"  {numbers['ms']:.3g} ms, {numbers['state_bytes_per_parameter']:.3g} B"
+                kept, made = numbers["state_bytes_per_parameter"], numbers["transient_bytes_per_parameter"]
+                note = f"  {numbers['ms']:.3g} ms, {kept:.3g} + {made:.2g} B"
                 axis.text(numbers["ratio_q3"], row, note, va="center", fontsize=8)
             titles = [OPTIMIZERS[arm].title if arm in OPTIMIZERS else "AdamW again" for arm in arms]
             axis.set_yticks(range(len(arms)), titles)
@@ -190,8 +193,41 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
             axis.set_xlim(min(0.3, *(n["ratio_q1"] for n in arms.values())), 6 * max(n["ratio"] for n in arms.values()))
             axis.axvline(1, color="black", linewidth=0.8)
         axes[0][0].invert_yaxis()
-        label = "time of one step relative to fused AdamW (then milliseconds, bytes of state per parameter)"
+        label = (
+            "time of one step relative to fused AdamW (then milliseconds, bytes of state + temporaries per parameter)"
+        )
         figure.supxlabel(label, fontsize=10)
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def draw_kernels(document: Mapping[str, Any], path: Path) -> Path:
+    """Time relative to the plain way, per operation and shape; GFLOP/s and the share of the ceiling beside it."""
+    kernels, ceiling = document["kernels"], document["ceilings"]["gflops"]
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(
+            1, len(kernels), figsize=(3.4 * len(kernels) + 0.8, 2.8), sharey=True, squeeze=False
+        )
+        for axis, (name, results) in zip(axes[0], kernels.items(), strict=True):
+            for row, result in enumerate(results.values()):
+                if not result["correct"]:
+                    axis.text(0.1, row, "wrong", va="center", color="red", fontsize=8)
+                    continue
+                ratio = result["ratio"]
+                spread = [[ratio - result["ratio_q1"]], [result["ratio_q3"] - ratio]]
+                axis.barh(row, ratio, xerr=spread, color="#4477aa", alpha=0.9, error_kw={"lw": 1})
+                note = f"  {result['ms']:.3g} ms"
+                if result["gflops"] > 0:
+                    note += f", {100 * result['gflops'] / ceiling:.0f} %"
+                axis.text(result["ratio_q3"], row, note, va="center", fontsize=8)
+            axis.set_yticks(range(len(results)), list(results))
+            axis.set(title=name, xlim=(0, 2.0))
+            axis.axvline(1, color="black", linewidth=0.8)
+        axes[0][0].invert_yaxis()
+        figure.supxlabel(
+            "time relative to the plain way (then milliseconds, share of the fastest product)", fontsize=10
+        )
         figure.savefig(path)
         plt.close(figure)
     return path

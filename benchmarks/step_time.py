@@ -1,7 +1,8 @@
-"""What `optimizer.step()` alone costs: milliseconds in paired shuffled rounds, and bytes of state per parameter.
+"""What `optimizer.step()` alone costs: milliseconds in paired shuffled rounds, and bytes per parameter.
 
 Every arm has its own copy of the parameters and random gradients of a realistic size; AdamW runs twice, and how far
-the two come apart is how far any other ratio may be trusted.
+the two come apart is how far any other ratio may be trusted. Beside the times: bytes of state, bytes of temporary
+tensors at their peak, and the rate of the products against a large product measured in the same run.
 """
 
 import argparse
@@ -16,15 +17,25 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
-from .measure import command, machine, paired_rounds, summarize, versions
-from .optimizers import OPTIMIZERS, Setting, build
+from .measure import (
+    TransientMemory,
+    ceilings,
+    command,
+    machine,
+    paired_rounds,
+    summarize,
+    versions,
+    waiting,
+)
+from .optimizers import OPTIMIZERS, Setting, available, build
 from .plots import draw_step_time
 from .tasks.text import ByteGPT
 
 AGAIN = "adamw (again)"
 GRADIENT_SIZE = 1e-3
-DEFAULT = ("adamw", "sgd", "muon", "momentum", "preconditioned_momentum", "delta_momentum", "dmgd")
+LOW = torch.bfloat16  # of the product that the rates are compared with
 
 
 class Layers(nn.Module):
@@ -45,6 +56,27 @@ class Stage:
         self.memory = memory
 
 
+class ResNet50(nn.Module):
+    """The weights of a ResNet-50: 53 convolutions, the scales and shifts after them, and the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, bias=False)]
+        inputs = 64
+        for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+            for block in range(blocks):
+                layers += [
+                    nn.Conv2d(inputs, width, 1, bias=False),
+                    nn.Conv2d(width, width, 3, bias=False),
+                    nn.Conv2d(width, 4 * width, 1, bias=False),
+                ]
+                if block == 0:
+                    layers.append(nn.Conv2d(inputs, 4 * width, 1, bias=False))
+                inputs = 4 * width
+        self.hidden = nn.ModuleList([*layers, *[nn.BatchNorm2d(len(layer.weight)) for layer in layers]])  # type: ignore[arg-type]
+        self.head = nn.Linear(inputs, 1000)
+
+
 def gpt2_block(width: int) -> list[tuple[int, int]]:
     """The matrices of one block: attention in and out, MLP up and down."""
     return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
@@ -56,13 +88,18 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "gpt2-quarter": (lambda: Layers(gpt2_block(192) * 12), ("hidden",)),  # 12 layers, a quarter of the width
     "gpt2-block": (lambda: Layers(gpt2_block(768)), ("hidden",)),  # one layer of the 124M model
     "gpt2": (lambda: Layers(gpt2_block(768) * 12), ("hidden",)),
+    "gpt3-xl": (lambda: Layers(gpt2_block(2048) * 24), ("hidden",)),  # the 1.3B model: 20 GB for each optimizer
+    "resnet50": (ResNet50, ("hidden",)),
+    "tensors": (lambda: Layers([(16, 16)] * 150), ("hidden",)),  # 300 small ones, half of them vectors
 }
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks step_time", description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="text,small,gpt2-quarter,gpt2-block", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--optimizers", default=",".join(DEFAULT), help=f"of {', '.join(OPTIMIZERS)}")
+    parser.add_argument(
+        "--shapes", default="text,small,tensors,gpt2-quarter,gpt2-block", help=f"of {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="by default all")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--steps-per-call", type=int, default=1, help="10 for what works every tenth step, like SOAP")
     parser.add_argument("--threads", type=int, default=1)
@@ -76,15 +113,16 @@ def main(arguments: list[str]) -> int:
         console.print(f"plot: {draw_step_time(document, args.plot_only.with_suffix('.png'))}")
         return 0
     torch.set_num_threads(args.threads)
-    names = [name for name in OPTIMIZERS if name in {"adamw", *args.optimizers.split(",")}]
+    names = [name for name in available() if name in {"adamw", *args.optimizers.split(",")}]
     document: dict[str, Any] = {
         "benchmark": "step_time", "command": command("step_time", arguments), "machine": machine(),
-        "versions": versions(), "device": args.device, "rounds": args.rounds, "shapes": {},
+        "versions": versions(), "device": args.device, "rounds": args.rounds,
+        "ceilings": ceilings(args.device, LOW), "shapes": {},
     }  # fmt: skip
     for shape in args.shapes.split(","):
         console.print(f"timing {', '.join(names)} on {shape} ...", highlight=False)
         document["shapes"][shape] = measure(shape, names, args)
-        console.print(_table(shape, document["shapes"][shape]))
+        console.print(_table(shape, document["shapes"][shape], document["ceilings"]["gflops"]))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document, indent=1) + "\n")
     plot = draw_step_time(document, args.output.with_suffix(".png"))
@@ -96,7 +134,8 @@ def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str,
     """Times and state of every optimizer on one set of shapes."""
     make, memory = SHAPES[shape]
     arms: dict[str, Callable[[], None]] = {}
-    state, count = {}, 0
+    costs: dict[str, dict[str, float]] = {}
+    count = 0
     for arm in (*names, AGAIN):
         name = "adamw" if arm == AGAIN else arm
         model = make().to(args.device)
@@ -110,14 +149,23 @@ def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str,
                 optimizer.train()
             optimizer.step()
         count = sum(param.numel() for param in model.parameters())
-        state[arm] = state_bytes(optimizers) / count
+        costs[arm] = bytes_and_flops(optimizers, count)
         arms[arm] = _arm(optimizers, args.steps_per_call, args.device)
     times = summarize(paired_rounds(arms, rounds=args.rounds), reference="adamw")
     for numbers in times.values():
         numbers |= {key: numbers[key] / args.steps_per_call for key in ("ms", "min_ms")}
+    return {"parameters": count, "arms": {arm: times[arm] | costs[arm] for arm in arms}}
+
+
+def bytes_and_flops(optimizers: list[Optimizer], parameters: int) -> dict[str, float]:
+    """State, temporaries and products of one step, per parameter."""
+    with TransientMemory() as transient, FlopCounterMode(display=False) as flops:
+        for optimizer in optimizers:
+            optimizer.step()
     return {
-        "parameters": count,
-        "arms": {arm: times[arm] | {"state_bytes_per_parameter": state[arm]} for arm in arms},
+        "state_bytes_per_parameter": state_bytes(optimizers) / parameters,
+        "transient_bytes_per_parameter": transient.peak / parameters,
+        "flops_per_parameter": flops.get_total_flops() / parameters,
     }
 
 
@@ -139,19 +187,25 @@ def _arm(optimizers: list[Optimizer], steps: int, device: str) -> Callable[[], N
         for _ in range(steps):
             for optimizer in optimizers:
                 optimizer.step()
-        if device != "cpu":
-            torch.cuda.synchronize()
 
-    return arm
+    return waiting(arm, device)
 
 
-def _table(shape: str, result: dict[str, Any]) -> Table:
+def _table(shape: str, result: dict[str, Any], ceiling: float) -> Table:
     table = Table(title=f"{shape}: {result['parameters'] / 1e6:.2f}M parameters", title_justify="left")
-    for heading in ("optimizer", "ms a step", "to AdamW", "quartiles", "state, bytes a parameter"):
+    headings = ("optimizer", "ms a step", "to AdamW", "quartiles", "state B", "temporary B", "GFLOP/s")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "optimizer" else "right", no_wrap=True)
     for arm, numbers in result["arms"].items():
         quartiles = f"[{numbers['ratio_q1']:.2f}, {numbers['ratio_q3']:.2f}]"
-        state = f"{numbers['state_bytes_per_parameter']:.2f}"
-        title = "AdamW again" if arm == AGAIN else OPTIMIZERS[arm].title
-        table.add_row(title, f"{numbers['ms']:.3f}", f"{numbers['ratio']:.2f}", quartiles, state)
+        rate = numbers["flops_per_parameter"] * result["parameters"] / numbers["ms"] / 1e6
+        table.add_row(
+            "AdamW again" if arm == AGAIN else OPTIMIZERS[arm].title,
+            f"{numbers['ms']:.3f}",
+            f"{numbers['ratio']:.2f}",
+            quartiles,
+            f"{numbers['state_bytes_per_parameter']:.2f}",
+            f"{numbers['transient_bytes_per_parameter']:.2f}",
+            f"{rate:.0f} ({100 * rate / ceiling:.0f} %)" if rate else "",
+        )
     return table

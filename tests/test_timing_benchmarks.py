@@ -1,0 +1,105 @@
+"""`step_time` and `kernels`: what they measure besides the clock is exact, and a wrong result has no speed."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from benchmarks import __main__ as command
+from benchmarks import kernels
+from benchmarks.kernels import KERNELS, Kernel
+from benchmarks.measure import TransientMemory
+from benchmarks.optimizers import OPTIMIZERS, available
+from benchmarks.step_time import SHAPES, bytes_and_flops
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """`torch.set_num_threads` is global, and the benchmarks set it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_transient_memory_is_the_peak_of_what_lives_at_once():
+    kept = torch.zeros(1000)
+    with TransientMemory() as memory:
+        a = kept + 1  # 4000 bytes
+        b = a * 2  # 8000 together
+        del a
+        b.add_(1)  # in place: nothing new
+        c = b.view(10, 100) + 1  # a view is nothing new either: 8000 again
+        del b, c
+        d = kept[:500] + 1  # 2000
+        del d
+    assert memory.peak == 8000
+
+
+def test_step_time_writes_times_bytes_and_rates(tmp_path):
+    file = tmp_path / "times.json"
+    arguments = ["step_time", "--shapes", "small", "--rounds", "2", "--output", str(file)]
+    assert command.main(arguments) == 0
+    document = json.loads(file.read_text())
+    arms = document["shapes"]["small"]["arms"]
+    assert set(arms) == {*available(), "adamw (again)"}
+    assert arms["adamw"]["ratio"] == 1.0 and arms["adamw"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
+    assert arms["adamw"]["flops_per_parameter"] == 0
+    # five steps of 6 m³ products on all but the biases
+    assert arms["momentum"]["flops_per_parameter"] == pytest.approx(5 * 6 * 64 * 64 / 65)
+    assert document["ceilings"]["gflops"] > 0 and file.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum", "dmgd"])
+def test_costs_of_a_step_are_those_of_its_tensors(name):
+    """AdamW fused makes nothing; the others at least a copy of what they orthogonalise."""
+    model = nn.Linear(40, 30)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    groups = [{"params": list(model.named_parameters()), "weight_decay": 0.0, "rule": "memory"}]
+    setting = OPTIMIZERS[name].trials("text")[0]
+    optimizers = OPTIMIZERS[name].build(groups, setting, 1e-3, 1)
+    for optimizer in optimizers:
+        optimizer.step()
+    costs = bytes_and_flops(optimizers, 1230)
+    assert (costs["transient_bytes_per_parameter"] > 4) == (name != "adamw")
+    assert (costs["flops_per_parameter"] > 0) == (name != "adamw")
+
+
+def test_resnet50_has_its_parameters():
+    make, _ = SHAPES["resnet50"]
+    assert sum(param.numel() for param in make().parameters()) == 25_557_032
+
+
+@pytest.mark.parametrize("shape", ["48 x 64 x 64", "4 x 512 x 128"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_plain_way_computes_the_same(name, shape):
+    """In float64, where both are exact, on tall and square stacks."""
+    _, m, n = kernels.SHAPES[shape]
+    memory, written = torch.randn(2, 2, m, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(KERNELS[name].ours(memory, written), KERNELS[name].plain(memory, written))
+
+
+def test_kernels_writes_errors_times_and_rates(tmp_path):
+    file = tmp_path / "kernels.json"
+    arguments = ["kernels", "--shapes", "48 x 64 x 64", "--rounds", "2", "--output", str(file)]
+    assert command.main(arguments) == 0
+    document = json.loads(file.read_text())
+    assert set(document["kernels"]) == set(KERNELS)
+    result = document["kernels"]["newton_schulz"]["48 x 64 x 64"]
+    assert result["correct"] and result["ratio"] > 0 and 0 < result["error"] < 0.1
+    assert file.with_suffix(".png").exists()
+
+
+def test_a_wrong_result_has_no_speed(tmp_path, monkeypatch, capsys):
+    wrong = Kernel(lambda memory, written: 1.1 * written, lambda memory, written: written, 8)
+    monkeypatch.setitem(KERNELS, "wrong", wrong)
+    file = tmp_path / "kernels.json"
+    assert command.main(["kernels", "--kernels", "wrong", "--shapes", "48 x 64 x 64", "--output", str(file)]) == 1
+    result = json.loads(file.read_text())["kernels"]["wrong"]["48 x 64 x 64"]
+    assert not result["correct"] and "ratio" not in result and "ms" not in result
+    assert "wrong" in capsys.readouterr().out
