@@ -1,9 +1,10 @@
-"""Compile every kernel of a deep memory for GPUs that need not be there, and print what the compiler made of it.
+"""Compile the kernels of an op for GPUs that need not be there, and print what the compiler made of them.
 
 Run as a program, without TRITON_INTERPRET: one process either interprets kernels or compiles them.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from collections import Counter
 from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)  # mma, wgmma, tcgen05
+INTEGERS = ("r", "p", "h", "m", "n", "d", "x_batch", "x_row", "x_col")  # what a kernel is given; all else is float32
 
 
-def compile_kernel(kernel, constants, options, architecture, low=()):
+def compile_kernel(kernel, constants, options, architecture, dtypes):
     """Return registers, bytes of stack and of shared memory, and how often each instruction occurs.
 
-    Sizes and addresses are multiples of 16; `low` names the pointers to bfloat16.
+    Sizes, strides and addresses are multiples of 16; `dtypes` names those of the pointers to anything but float32.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -28,9 +30,9 @@ def compile_kernel(kernel, constants, options, architecture, low=()):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*bf16" if name in low else "*fp32"
+            signature[name] = f"*{dtypes.get(name, 'fp32')}"
         else:
-            signature[name] = "i32" if name in ("r", "p", "h", "m", "n", "d") else "fp32"
+            signature[name] = "i32" if name in INTEGERS else "fp32"
         if signature[name] not in ("constexpr", "fp32"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -53,31 +55,80 @@ def compile_kernel(kernel, constants, options, architecture, low=()):
     }
 
 
-def variants():
+def split(tiles):
+    """Return the sizes of the tiles, and what is an option of the compiler."""
+    options = {name: tiles[name] for name in ("num_warps", "num_stages")}
+    return {name: size for name, size in tiles.items() if name not in options}, options
+
+
+def deep_momentum():
     """Yield names and the arguments of `compile_kernel`: every tile size, tall and wide."""
     from deep_optim.ops import deep_momentum_triton as passes
     from deep_optim.ops.delta_rule import _delta_rule_kernel
 
-    def split(tiles):
-        options = {name: tiles[name] for name in ("num_warps", "num_stages")}
-        return {name: size for name, size in tiles.items() if name not in options}, options
-
     tiles, options = split(passes._OPERANDS)
     for wide, hidden in ((False, 0), (False, 64), (True, 32)):
         constants = {"SATURATED": 1e9, "WIDE": wide, "HIDDEN": hidden > 0, "BLOCK_H": hidden or 16, **tiles}
-        yield f"operands {wide=} {hidden=}", passes._write_operands_kernel, constants, options, ("operands_ptr",)
+        yield f"operands {wide=} {hidden=}", passes._write_operands_kernel, constants, options, {"operands_ptr": "bf16"}
     for size, wide, hidden in (("_LARGE", False, 64), ("_LARGE", True, 32), ("_SMALL", False, 32)):
         tiles, options = split(getattr(passes, size))
         constants = {"READ": True, "WIDE": wide, "HIDDEN": True, "BLOCK_H": hidden, **tiles}
-        low = ("operands_ptr", "factors_ptr")
+        low = {"operands_ptr": "bf16", "factors_ptr": "bf16"}
         yield f"update {size} {wide=} {hidden=}", passes._update_memory_kernel, constants, options, low
-    yield "delta_rule", _delta_rule_kernel, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64}, {"num_warps": 4}, ()
+    yield "delta_rule", _delta_rule_kernel, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64}, {"num_warps": 4}, {}
+
+
+def symmetric_product():
+    """Likewise: every tile size, a matrix and its transpose, with and without a matrix to add."""
+    from deep_optim.ops import symmetric_product as op
+
+    for size, dtype, contiguous, add in (
+        ("_LARGE", "bf16", "x_col", True),
+        ("_LARGE", "bf16", "x_row", False),
+        ("_SMALL", "fp16", "x_col", True),
+        ("_SINGLE", "fp32", "x_col", True),
+    ):
+        tiles, options = split(getattr(op, size))
+        dtypes = dict.fromkeys(("x_ptr", "add_ptr", "out_ptr"), dtype)
+        constants = {contiguous: 1, "ADD": add, **tiles}
+        yield f"{size} {dtype} {contiguous=} {add=}", op._symmetric_product_kernel, constants, options, dtypes
+
+
+OPS = {make.__name__: make for make in (deep_momentum, symmetric_product)}
+
+
+def compiled(op, cache):
+    """Return what the compiler made of every kernel of one op: from a process of its own, which interprets nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run([sys.executable, __file__, op], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def assert_fast(name, usage, scalars=()):
+    """Nothing spilled, the tensor cores of the generation (wherever there are any), whole 16-byte accesses.
+
+    `scalars` are the instructions that may access less, once each.
+    """
+    count = usage["instructions"]
+    loads, stores, spills, dots = (
+        {op for op in count if op.split(".")[0] in kinds}
+        for kinds in (("LDG", "LDGSTS"), ("STG",), ("LDL", "STL"), ("HMMA", "HGMMA", "UTCHMMA"))
+    )
+    assert usage["stack"] == 0 and not spills, (name, usage)
+    assert usage["shared"] <= 99 * 1024, (name, usage)  # what the smallest GPUs with bfloat16 have, sm_86 and sm_89
+    assert all(op.endswith(".128") for op in (loads | stores) - set(scalars)), (name, usage)
+    assert sum(count[op] for op in scalars) == len(scalars), (name, usage)
+    generation = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[name.split()[-1]]
+    assert all(op.split(".")[0] == generation for op in dots), (name, usage)
+    return dots
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     result = {}
-    for name, kernel, constants, options, low in variants():
+    for name, kernel, constants, options, dtypes in OPS[sys.argv[1]]():
         for architecture in ARCHITECTURES:
-            result[f"{name} sm_{architecture}"] = compile_kernel(kernel, constants, options, architecture, low)
+            result[f"{name} sm_{architecture}"] = compile_kernel(kernel, constants, options, architecture, dtypes)
     json.dump(result, sys.stdout)

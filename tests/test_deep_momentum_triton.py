@@ -1,15 +1,12 @@
 """The kernels of a deep memory of gradients against the reference in float64, and what the compiler makes of them."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compiled_kernels import assert_fast, compiled
 from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.ops.deep_momentum import deep_momentum
 from deep_optim.ops.mlp_memory import MLPMemory
@@ -227,7 +224,7 @@ def both(memory, written, **options):
 def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
     memory, written = make((6, 4), 3, triton_device)
     for step in both(memory, written, backend="triton"):
-        with pytest.raises(RuntimeError, match="in_float32=False"):
+        with pytest.raises(RuntimeError, match="in_dtypes=False"):
             step()
     memory, written = single(memory), written.float()
     for step in both(memory, written.clone().requires_grad_(), backend="triton"):
@@ -249,26 +246,10 @@ def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler that comes with Triton")
 def test_compiles_to_tensor_core_instructions_without_spills(tmp_path):
     """For three generations of GPUs, none of which has to be there; one process each way, hence a program."""
-    program = Path(__file__).with_name("compiled_kernels.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    kernels = json.loads(run.stdout)
+    kernels = compiled("deep_momentum", tmp_path)
     assert len(kernels) == 21
     for name, usage in kernels.items():
-        count = usage["instructions"]
-        loads, stores, spills, dots = (
-            {op for op in count if op.split(".")[0] in kinds}
-            for kinds in (("LDG", "LDGSTS"), ("STG",), ("LDL", "STL"), ("HMMA", "HGMMA", "UTCHMMA"))
-        )
-        assert usage["stack"] == 0 and not spills, (name, usage)
-        assert usage["shared"] <= 99 * 1024, (name, usage)  # what the smallest GPUs with bfloat16 have, sm_86 and sm_89
-        scalars = {"LDG.E"} if name.startswith("operands") else set()  # ‖U‖
-        assert all(op.endswith(".128") for op in (loads | stores) - scalars), (name, usage)
-        assert sum(count[op] for op in scalars) == len(scalars), (name, usage)
-        if "hidden=0" not in name and name.split()[0] != "delta_rule":  # which multiplies in float32
-            generation = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[name.split()[-1]]
-            assert dots and all(op.split(".")[0] == generation for op in dots), (name, usage)
-            if name.startswith("update"):
-                assert all("BF16" in op for op in dots if generation != "UTCHMMA"), (name, usage)
+        dots = assert_fast(name, usage, scalars={"LDG.E"} if name.startswith("operands") else ())  # ‖U‖
+        assert bool(dots) == ("hidden=0" not in name and name.split()[0] != "delta_rule")  # which multiplies in float32
+        if name.startswith("update"):
+            assert all("BF16" in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)

@@ -90,7 +90,7 @@ def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
     with pytest.raises(RuntimeError, match="no backward"):
         delta_rule(memory.requires_grad_(), key, value, backend="triton")
     memory = memory.detach()
-    with pytest.raises(RuntimeError, match="in_float32=False"):
+    with pytest.raises(RuntimeError, match="in_dtypes=False"):
         delta_rule(memory.double(), key.double(), None, backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on_cuda=False"):

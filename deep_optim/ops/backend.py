@@ -22,15 +22,16 @@ HAS_TRITON = triton is not None
 __all__ = ["HAS_TRITON", "Backend", "tl", "triton", "use_triton"]
 
 
-def use_triton(backend: Backend, *tensors: Tensor) -> bool:
+def use_triton(backend: Backend, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Return whether to take the Triton path.
 
-    "auto" takes it for plain float32 CUDA tensors that need no gradient; an explicit request never falls back in
-    silence.
+    "auto" takes it for plain CUDA tensors of the kernel's dtypes that need no gradient; an explicit request never
+    falls back in silence.
 
     Args:
         backend: "auto", "reference" or "triton".
         tensors: what the op reads; all of them must be on the GPU for "auto" to take Triton.
+        dtypes: those the kernel takes; float32 alone unless it says otherwise.
 
     Raises:
         ValueError: for an unknown backend.
@@ -39,17 +40,17 @@ def use_triton(backend: Backend, *tensors: Tensor) -> bool:
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"Invalid backend: {backend!r}, expected 'auto', 'reference' or 'triton'")
     on_cuda = all(tensor.is_cuda for tensor in tensors)
-    in_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    in_dtypes = all(tensor.dtype in dtypes for tensor in tensors)
     plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)  # a subclass may have no memory of its own
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if backend == "auto":
-        return HAS_TRITON and on_cuda and in_float32 and plain and not needs_grad
+        return HAS_TRITON and on_cuda and in_dtypes and plain and not needs_grad
     if backend == "triton":
         if needs_grad:
             raise RuntimeError("backend='triton' has no backward; use backend='reference' where gradients are needed")
-        if not (HAS_TRITON and in_float32 and plain and (on_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        if not (HAS_TRITON and in_dtypes and plain and (on_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
             raise RuntimeError(
-                "backend='triton' needs Triton and plain float32 CUDA tensors; "
-                f"{HAS_TRITON=}, {on_cuda=}, {in_float32=}, {plain=}"
+                f"backend='triton' needs Triton and plain CUDA tensors of {' or '.join(map(str, dtypes))}; "
+                f"{HAS_TRITON=}, {on_cuda=}, {in_dtypes=}, {plain=}"
             )
     return backend == "triton"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .frobenius import frobenius_norm
+from .symmetric_product import symmetric_product
 
 Coefficients = Literal["muon", "polar_express"]
 
@@ -94,16 +95,16 @@ def newton_schulz(
 def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:  # [B, m, n] -> [B, m, n]
     """Apply one polynomial, or two in Gram form."""
     tall = x.shape[-2] > x.shape[-1]  # X Z with A = XᵀX, so that nothing is transposed
-    gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # A [B, p, p]
+    gram = symmetric_product(x.mT if tall else x)  # A [B, p, p]
     a, b, c = polynomials[0]
-    part = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # Z − a I: a is not rounded with it
+    part = symmetric_product(gram, add=gram, alpha=c, beta=b)  # Z − a I, by A = Aᵀ: a is not rounded with it
     if len(polynomials) == 1:
         return torch.baddbmm(x, *((x, part) if tall else (part, x)), beta=a)
     gram = torch.baddbmm(gram, part, gram, beta=a)  # Z A
     gram = torch.baddbmm(gram, gram, part, beta=a)  # Z A Z
     part.diagonal(dim1=-2, dim2=-1).add_(a)  # Z
     a, b, c = polynomials[1]
-    product = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # Z′ − a I
+    product = symmetric_product(gram, add=gram, alpha=c, beta=b)  # Z′ − a I
     product = torch.baddbmm(part, product, part, beta=a)  # Z′ Z
     return torch.bmm(x, product) if tall else torch.bmm(product, x)
 
