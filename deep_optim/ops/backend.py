@@ -1,6 +1,7 @@
 """Which implementation an op runs: the plain-torch reference, or Triton."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ except ModuleNotFoundError as error:
 
 HAS_TRITON = triton is not None
 
-__all__ = ["HAS_TRITON", "Backend", "tl", "triton", "use_triton"]
+__all__ = ["HAS_TRITON", "Backend", "on_device_of", "tl", "triton", "use_triton"]
 
 
 def use_triton(backend: Backend, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
@@ -54,3 +55,8 @@ def use_triton(backend: Backend, *tensors: Tensor, dtypes: tuple[torch.dtype, ..
                 f"{HAS_TRITON=}, {on_cuda=}, {in_dtypes=}, {plain=}"
             )
     return backend == "triton"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which kernels are launched where `tensor` is: Triton goes by the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -15,7 +15,7 @@ accessed 16 bytes at a time.
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, tl, triton
+from .backend import HAS_TRITON, on_device_of, tl, triton
 from .mlp_memory import _SATURATED, MLPMemory
 
 # The largest tiles for which the compiler spills no register on sm_80, sm_90 and sm_100 and that fit into the 99 KB of
@@ -192,10 +192,11 @@ def write_operands(
     block_h = _block(h)
     programs = len(written) * triton.cdiv(r, _OPERANDS["BLOCK_R"]) * max(triton.cdiv(h, block_h), 1)
     if programs:
-        _write_operands_kernel[(programs,)](
-            linear, w1, w2, written, norm, operands, w1_out, r, p, h, decay, *scales,
-            SATURATED=_SATURATED, WIDE=wide, HIDDEN=h > 0, BLOCK_H=block_h, **_OPERANDS,
-        )  # fmt: skip
+        with on_device_of(written):
+            _write_operands_kernel[(programs,)](
+                linear, w1, w2, written, norm, operands, w1_out, r, p, h, decay, *scales,
+                SATURATED=_SATURATED, WIDE=wide, HIDDEN=h > 0, BLOCK_H=block_h, **_OPERANDS,
+            )  # fmt: skip
     return operands.mT if wide else operands, w1_out
 
 
@@ -220,10 +221,11 @@ def update_memory(
     programs = len(written) * triton.cdiv(r, tiles["BLOCK_R"])
     programs *= triton.cdiv(p, tiles["BLOCK_P"]) + triton.cdiv(h, block_h)
     if programs:
-        _update_memory_kernel[(programs,)](
-            operands, factors, linear, written, memory_out, read, w1_out, r, p, h, decay, rate, lookahead or 0.0,
-            READ=lookahead is not None, WIDE=wide, HIDDEN=h > 0, BLOCK_H=block_h, **tiles,
-        )  # fmt: skip
+        with on_device_of(written):
+            _update_memory_kernel[(programs,)](
+                operands, factors, linear, written, memory_out, read, w1_out, r, p, h, decay, rate, lookahead or 0.0,
+                READ=lookahead is not None, WIDE=wide, HIDDEN=h > 0, BLOCK_H=block_h, **tiles,
+            )  # fmt: skip
     return memory_out, read
 
 

@@ -12,7 +12,7 @@ dimension is a batch dimension.
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, Backend, tl, triton, use_triton
+from .backend import HAS_TRITON, Backend, on_device_of, tl, triton, use_triton
 
 
 def delta_rule(
@@ -97,5 +97,6 @@ def _delta_rule_triton(memory: Tensor, key: Tensor, value: Tensor | None, *, dec
     out = torch.empty_like(flat)
     if out.numel():
         grid = (len(flat) * triton.cdiv(m, 64) * triton.cdiv(d, 64),)
-        _delta_rule_kernel[grid](flat, left, right, out, m, n, d, decay, rate, BLOCK_M=64, BLOCK_N=32, BLOCK_D=64)
+        with on_device_of(flat):
+            _delta_rule_kernel[grid](flat, left, right, out, m, n, d, decay, rate, BLOCK_M=64, BLOCK_N=32, BLOCK_D=64)
     return out.reshape(memory.shape)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, Backend, tl, triton, use_triton
+from .backend import HAS_TRITON, Backend, on_device_of, tl, triton, use_triton
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,9 +120,10 @@ def _symmetric_product_triton(x: Tensor, add: Tensor | None, alpha: float, beta:
     programs = len(flat) * _triangle(m, tiles["BLOCK"])
     if programs:
         add = None if add is None else add.contiguous()
-        _symmetric_product_kernel[(programs,)](
-            flat, add, out, m, n, *flat.stride(), alpha, beta, ADD=add is not None, **tiles
-        )
+        with on_device_of(flat):
+            _symmetric_product_kernel[(programs,)](
+                flat, add, out, m, n, *flat.stride(), alpha, beta, ADD=add is not None, **tiles
+            )
     return out
 
 
