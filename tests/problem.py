@@ -30,7 +30,7 @@ def copy_params(params: Iterable[Tensor]) -> list[nn.Parameter]:
 def gradient(param: Tensor, step: int, index: int) -> Tensor:
     """Return the gradient that parameter number `index` sees at `step`."""
     generator = torch.Generator().manual_seed(1000 * step + index)
-    return torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+    return torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.device, param.dtype)
 
 
 def set_grads(params: Iterable[Tensor], step: int) -> None:

@@ -148,7 +148,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 continue
             if not self.state[param]:
                 self.state[param].update(self.new_state(param, group))
-                if group["lr"] == 0 and not capturing(param) and not whole(param.grad).any():
+                if not capturing(param) and group["lr"] == 0 and not whole(param.grad).any():
                     continue
             params.append(param)
 
