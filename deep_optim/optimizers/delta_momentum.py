@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deep_optim.ops.backend import Backend
+from deep_optim.ops.delta_momentum import delta_momentum_step, fusible
 from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.newton_schulz import Coefficients
 from deep_optim.ops.two_sided_delta import GramNorm, most_erased, two_sided_delta
 
 from .base import MemoryOptimizer
+from .matrices import matrix_shape
 from .output_map import OutputMap
 from .validation import check_at_least, check_choice, check_count
 
@@ -174,6 +176,33 @@ class DeltaMomentum(MemoryOptimizer):
             backend=group["backend"],
         )
         return direction
+
+    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Where nothing comes between the memory and the weights, kernels that write both step them at once."""
+        grads = [param.grad for param in params if param.grad is not None]  # all have one
+        memories = [self.state[param]["memory"] for param in params]
+        direct = group["output"] == "identity" and group["inner_lr"] != 0
+        if not (direct and fusible([*params, *grads, *memories], group["feature_map"], group["backend"])):
+            super()._step_stack(group, params)
+            return
+        right, left = (group["inner_lr"] * (group["side"] in (side, "both")) for side in ("right", "left"))
+        delta_momentum_step(
+            params,
+            grads,
+            memories,
+            shape=matrix_shape(params[0], group),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            decay=group["momentum"],
+            right=right,
+            left=left,
+            inner_steps=group["inner_steps"],
+            gram_norm=group["gram_norm"],
+            features=group["feature_map"],
+            lookahead=group["lookahead"] if group["nesterov"] else None,
+            maximize=group["maximize"],
+            backend=group["backend"],
+        )
 
 
 def check_read_and_steps(group: Mapping[str, Any]) -> None:

@@ -1,0 +1,395 @@
+"""A whole step of delta momentum, in place: the reference against the optimizer, the kernels against the reference."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+from compiled_kernels import assert_fast, compiled
+from deep_optim import DeltaMomentum
+from deep_optim.ops import delta_momentum_triton as passes
+from deep_optim.ops.backend import HAS_TRITON
+from deep_optim.ops.delta_momentum import delta_momentum_step
+from large_results import LargeResults
+from problem import copy_params, make_params, set_grads, train
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+needs_cuda = pytest.mark.skipif(not (HAS_TRITON and torch.cuda.is_available()), reason="needs Triton and CUDA")
+
+# split, m, n: ragged; beyond one tile of every kernel in every dimension; each side longer
+SHAPES = [
+    (1, 6, 4),
+    (1, 4, 6),
+    (1, 5, 5),
+    (1, 1, 7),
+    (1, 7, 1),
+    (1, 1, 1),
+    (3, 9, 5),
+    (2, 5, 9),
+    (1, 70, 37),
+    (1, 37, 70),
+    (1, 290, 133),
+    (1, 133, 290),
+    (1, 64, 32),
+]
+OPTIONS = dict(
+    lr=0.1,
+    weight_decay=0.2,
+    decay=0.9,
+    right=0.4,
+    left=0.3,
+    inner_steps=1,
+    gram_norm="eigenvalue",
+    features="soft_rows",
+    lookahead=2.5,
+    maximize=False,
+)
+
+
+def make(shape, count=2, device="cpu", scale=1.0):
+    """Parameters, gradients and memories, in float32 and of scale `scale`; the parameters of scale 1."""
+    split, m, n = shape
+    generator = torch.Generator().manual_seed(42)
+    draw = lambda: torch.randn(split * m, n, generator=generator).to(device)  # noqa: E731
+    params, grads, memories = ([draw() for _ in range(count)] for _ in range(3))
+    return params, [scale * grad for grad in grads], [scale * memory for memory in memories]
+
+
+def doubles(tensors):
+    return [[tensor.detach().double() for tensor in each] for each in tensors]
+
+
+def assert_matches(tensors, shape, **options):
+    """Against the reference in float64: within a few roundings of the products' precision, of what is erased."""
+    options = {**OPTIONS, **options}
+    exact, plain = doubles(tensors), doubles(tensors)
+    start = [[tensor.clone() for tensor in each] for each in doubles(tensors)]
+    delta_momentum_step(*exact, shape=shape, backend="reference", **options)
+    delta_momentum_step(*plain, shape=shape, backend="reference", **{**options, "right": 0.0, "left": 0.0})
+    delta_momentum_step(*tensors, shape=shape, backend="triton", **options)
+    params, grads, memories = tensors
+    coarse = torch.finfo(torch.bfloat16 if params[0].is_cuda else torch.float32).eps
+    eps, lr = torch.finfo(torch.float32).eps, float(options["lr"])
+    for i in range(len(params)):
+        norm = lambda tensor: torch.linalg.vector_norm(tensor.reshape(shape), dim=(1, 2))  # noqa: E731
+        assert torch.equal(grads[i].double(), start[1][i])
+        error = 16 * coarse * norm(exact[2][i] - plain[2][i]) + 8 * eps * norm(start[1][i].abs() + start[2][i].abs())
+        assert (norm(memories[i].double() - exact[2][i]) <= error).all()
+        moved = lr * (options["lookahead"] or 0) * norm(exact[1][i])
+        error = lr * error + 8 * eps * (norm(exact[0][i]) + norm(start[0][i]) + moved)
+        assert (norm(params[i].double() - exact[0][i]) <= error).all()
+
+
+@pytest.mark.parametrize("features", ["identity", "soft_rows", "tanh"])
+@pytest.mark.parametrize("split, shape", [(1, (6, 4)), (2, (6, 5)), (1, (4, 3, 2)), (1, (3,)), (1, ())], ids=str)
+def test_the_reference_is_a_step_of_the_optimizer(split, shape, features):
+    """Three of them, in float64, at options of which no two have the same value."""
+    params = make_params([shape, shape], torch.float64)
+    options = dict(lr=0.1, weight_decay=0.2, nesterov=True, lookahead=2.5, inner_steps=2, maximize=True)
+    optimizer = DeltaMomentum(
+        [{"params": params, "split": split}], momentum=0.8, side="right", inner_lr=0.6, gram_norm="trace",
+        feature_map=features, output="identity", backend="reference", **options,
+    )  # fmt: skip
+    ours, memories = copy_params(params), [torch.zeros_like(param) for param in params]
+    rows = shape[0] // split if len(shape) > 1 else 1
+    for step in range(3):
+        train(optimizer, params, [step])
+        set_grads(ours, step)
+        with torch.no_grad():
+            delta_momentum_step(
+                ours, [param.grad for param in ours], memories,
+                shape=(split, rows, params[0].numel() // split // rows), lr=0.1, weight_decay=0.2, decay=0.8, right=0.6,
+                left=0.0, inner_steps=2, gram_norm="trace", features=features, lookahead=2.5, maximize=True,
+            )  # fmt: skip
+    for param, our, memory in zip(params, ours, memories, strict=True):
+        torch.testing.assert_close(our, param)
+        torch.testing.assert_close(memory, optimizer.state[param]["memory"])
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_the_reference(shape, triton_device):
+    """Several rows and columns of tiles, of which each is written before the next one reads what it needs."""
+    assert_matches(make(shape, device=triton_device), shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 9, 6), (2, 6, 9)], ids=["tall", "wide"])
+@pytest.mark.parametrize("gram_norm, inner_steps", [("trace", 1), ("trace", 2), ("eigenvalue", 1), ("eigenvalue", 3)])
+@pytest.mark.parametrize("right, left", [(0.5, 0.0), (0.0, 0.5), (0.4, 0.4), (0.4, 0.3)])
+def test_matches_the_reference_on_every_side(shape, gram_norm, inner_steps, right, left, triton_device):
+    options = dict(right=right, left=left, gram_norm=gram_norm, inner_steps=inner_steps, features="identity")
+    assert_matches(make(shape, 1, triton_device), shape, **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 6, 4), (2, 4, 6)], ids=["tall", "wide"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lookahead=None),
+        dict(lookahead=None, maximize=True, features="identity"),
+        dict(lookahead=1.0, maximize=True),
+        dict(lr=0.0, decay=0.0),
+        dict(weight_decay=0.0, decay=1.0),
+        dict(right=0.0, left=0.0),
+        dict(lr=torch.tensor(0.3)),
+        dict(lr=torch.ones(1), weight_decay=0.5),
+    ],
+    ids=str,
+)
+def test_matches_the_reference_for_all_options(shape, options, triton_device):
+    if isinstance(lr := options.get("lr"), torch.Tensor):
+        options = {**options, "lr": lr.to(triton_device)}
+    assert_matches(make(shape, 1, triton_device), shape, **options)
+
+
+@needs_triton
+def test_the_rate_is_read_where_it_is(triton_device, monkeypatch):
+    """From a tensor of the device in the kernel; the interpreter's device is the CPU, whose tensors are read before."""
+    lr = torch.tensor(0.3, device=triton_device)
+    monkeypatch.setattr(passes, "_rate", lambda lr: lr)
+    assert_matches(make((1, 6, 4), device=triton_device), (1, 6, 4), lr=lr)
+
+
+def unaligned(tensor):
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 64, 48), (1, 48, 64)], ids=["tall", "wide"])
+@pytest.mark.parametrize("which", range(3))
+def test_takes_addresses_that_are_not_aligned(shape, which, triton_device):
+    tensors = make(shape, device=triton_device)
+    tensors[which][1] = unaligned(tensors[which][1])
+    assert tensors[which][1].data_ptr() % 16
+    assert_matches(tensors, shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 6, 4), (1, 4, 6)], ids=["tall", "wide"])
+@pytest.mark.parametrize("features", ["identity", "soft_rows"])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_any_size_of_gradient_is_right(shape, features, scale, triton_device):
+    """With a step of the weights' own size, so that what they see is measured too."""
+    assert_matches(
+        make(shape, device=triton_device, scale=scale), shape, features=features, lr=0.1 / scale, weight_decay=0
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 6, 4), (2, 4, 6)], ids=["tall", "wide"])
+def test_gradients_of_rank_one_are_right(shape, triton_device):
+    params, grads, memories = make(shape, device=triton_device)
+    grads = [torch.outer(grad[:, 0], grad[0]) for grad in grads]
+    grads[0][1:] = 0  # one row is all there is
+    for features in ("identity", "soft_rows"):
+        assert_matches(copy.deepcopy((params, grads, memories)), shape, features=features)
+
+
+@needs_triton
+@pytest.mark.parametrize("features", ["identity", "soft_rows"])
+@pytest.mark.parametrize("shape", [(1, 6, 4), (1, 4, 6)], ids=["tall", "wide"])
+def test_a_zero_gradient_only_decays(shape, features, triton_device):
+    params, grads, memories = tensors = make(shape, device=triton_device)
+    for grad in grads:
+        grad.zero_()
+    before = copy.deepcopy(tensors)
+    delta_momentum_step(*tensors, shape=shape, backend="triton", **{**OPTIONS, "features": features})
+    for i, (param, _, memory) in enumerate(zip(*before, strict=True)):
+        torch.testing.assert_close(memories[i], 0.9 * memory)
+        torch.testing.assert_close(params[i], 0.98 * param - 0.1 * 0.81 * memory)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_where_it_is(bad, triton_device):
+    tensors = make((2, 6, 4), device=triton_device)
+    other = copy.deepcopy(tensors)
+    tensors[1][0][0, 0] = bad
+    for each in (tensors, other):
+        delta_momentum_step(*each, shape=(2, 6, 4), backend="triton", **OPTIONS)
+    for ours, theirs in ((tensors[0], other[0]), (tensors[2], other[2])):
+        assert not ours[0][:6].isfinite().all()
+        assert torch.equal(ours[0][6:], theirs[0][6:]) and torch.equal(ours[1], theirs[1])
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 70, 37), (2, 37, 70)], ids=["tall", "wide"])
+def test_gives_the_same_bits_twice(shape, triton_device):
+    first, second = (make(shape, device=triton_device) for _ in range(2))
+    for tensors in (first, second):
+        delta_momentum_step(*tensors, shape=shape, backend="triton", **OPTIONS)
+    assert all(map(torch.equal, first[0] + first[2], second[0] + second[2]))
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 200, 12), (1, 12, 200)], ids=["tall", "wide"])
+def test_nothing_of_the_weights_size_is_made_but_the_operands(shape, triton_device):
+    tensors = make(shape, device=triton_device)
+    with LargeResults(tensors[0][0].numel()) as results:
+        delta_momentum_step(*tensors, shape=shape, backend="triton", **OPTIONS)
+    results.assert_only(made=1)
+
+
+@needs_triton
+def test_autograd_hears_of_what_was_written(triton_device):
+    params, grads, memories = tensors = make((1, 6, 4), device=triton_device)
+    versions = [[tensor._version for tensor in each] for each in tensors]
+    delta_momentum_step(*tensors, shape=(1, 6, 4), backend="triton", **OPTIONS)
+    for tensor, version in zip(params + memories, versions[0] + versions[2], strict=True):
+        assert tensor._version > version
+    assert [grad._version for grad in grads] == versions[1]
+
+
+def test_a_table_holds_the_addresses_of_all_blocks():
+    tensors = [torch.zeros(6, 4), torch.zeros(6, 4)]
+    table, aligned = passes._addresses(tensors, split=3)
+    expected = [tensor[2 * block].data_ptr() for tensor in tensors for block in range(3)]
+    assert table.tolist() == expected and table.dtype == torch.int64
+    assert aligned == all(address % 16 == 0 for address in expected)
+    assert not passes._addresses([unaligned(tensors[0])], split=1)[1]
+
+
+def test_a_table_is_kept_for_its_addresses_and_its_stream():
+    large = (2**62 + 1, 2**53 + 1, 7)  # exact in int64 alone
+    device = torch.device("cpu")
+    passes._kept_table.cache_clear()
+    table = passes._kept_table(large, device, 1)
+    assert table.tolist() == list(large)
+    assert passes._kept_table(tuple(list(large)), device, 1) is table
+    assert passes._kept_table(large[::-1], device, 1).tolist() == list(large[::-1])
+    assert passes._kept_table(large, device, 2) is not table
+
+
+@needs_triton
+def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
+    params, grads, memories = tensors = make((1, 6, 4), device=triton_device)
+    step = lambda tensors, **options: delta_momentum_step(  # noqa: E731
+        *tensors, shape=(1, 6, 4), **{**OPTIONS, "backend": "triton", **options}
+    )
+    before = copy.deepcopy(tensors)
+    with pytest.raises(RuntimeError, match="in_dtypes=False"):
+        step(doubles(tensors))
+    with pytest.raises(RuntimeError, match="contiguous"):
+        step([[torch.cat([t, t], 1)[:, :4] for t in params], grads, memories])
+    with pytest.raises(RuntimeError, match="features='tanh'"):
+        step(tensors, features="tanh")
+    with pytest.raises(ValueError, match="'cuda'"):
+        step(tensors, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="on_cuda=False"):
+        step([[t.cpu() for t in each] for each in tensors])
+    for after, kept in zip(tensors, before, strict=True):
+        assert all(map(torch.equal, after, kept))
+
+
+MODEL = ((6, 4), (6, 4), (4, 6), (7,), (7,), (), (4, 3, 2, 2))
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"side": "right", "gram_norm": "trace", "feature_map": "identity"}], ids=str)
+def test_the_optimizer_takes_the_kernels_and_the_same_steps(options, triton_device, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "deep_optim.ops.delta_momentum.delta_momentum_triton",
+        lambda *args, **kwargs: (calls.append(len(args[0])), passes.delta_momentum_triton(*args, **kwargs)),
+    )
+    start = make_params(MODEL, torch.float64)
+    exact, ours = copy_params(start), [torch.nn.Parameter(p.detach().to(triton_device, torch.float32)) for p in start]
+    for params, backend in ((exact, "reference"), (ours, "triton")):
+        optimizer = DeltaMomentum(params, lr=0.1, output="identity", backend=backend, **options)
+        train(optimizer, params, range(3))
+    assert sum(calls) == 3 * len(MODEL) and len(calls) < sum(calls)
+    for our, their, before in zip(ours, exact, start, strict=True):
+        assert_moved_alike(our, their, before)
+
+
+def assert_moved_alike(ours, exact, start):
+    """What is erased is of the size of what is moved, and multiplied in bfloat16 on a GPU."""
+    single = torch.finfo(torch.float32).eps
+    coarse = torch.finfo(torch.bfloat16).eps if ours.is_cuda else single
+    moved = torch.linalg.vector_norm(exact - start)
+    error = torch.linalg.vector_norm(ours.double().cpu() - exact)
+    assert error <= 8 * coarse * moved + 8 * single * torch.linalg.vector_norm(start)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "options",
+    [{"output": "newton_schulz"}, {"feature_map": "tanh"}, {"inner_lr": 0.0}, {"backend": "reference"}],
+    ids=str,
+)
+def test_the_optimizer_goes_the_other_way_for_what_the_kernels_have_not(options, triton_device, monkeypatch):
+    monkeypatch.setattr("deep_optim.ops.delta_momentum.delta_momentum_triton", None)
+    params = [torch.nn.Parameter(p.detach().to(triton_device)) for p in make_params([(6, 4)])]
+    before = [param.detach().clone() for param in params]
+    optimizer = DeltaMomentum(params, **{"output": "identity", "backend": "triton", "lr": 0.1, **options})
+    train(optimizer, params, range(2))
+    assert not torch.equal(params[0], before[0])
+
+
+@needs_triton
+def test_the_optimizer_goes_the_other_way_for_parameters_in_another_order(triton_device, monkeypatch):
+    monkeypatch.setattr("deep_optim.ops.delta_momentum.delta_momentum_triton", None)
+    values = make_params([(6, 4)])[0].detach().to(triton_device)
+    ours, theirs = torch.nn.Parameter(values.mT.contiguous().mT), torch.nn.Parameter(values.clone())
+    for param, backend in ((ours, "triton"), (theirs, "reference")):
+        optimizer = DeltaMomentum([param], output="identity", backend=backend, lr=0.1)
+        train(optimizer, [param], range(2))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@needs_cuda
+@pytest.mark.parametrize("shape", [(256, 192), (192, 256), (1000, 300)], ids=str)
+@pytest.mark.parametrize("feature_map", ["identity", "soft_rows"])
+def test_five_steps_on_the_gpu_are_those_of_the_cpu(shape, feature_map):
+    start = make_params([shape] * 5, torch.float64)
+    exact, ours = copy_params(start), [torch.nn.Parameter(param.detach().float().cuda()) for param in start]
+    for params in (exact, ours):
+        optimizer = DeltaMomentum(params, lr=0.1, side="right", output="identity", feature_map=feature_map)
+        train(optimizer, params, range(5))
+    for our, their, before in zip(ours, exact, start, strict=True):
+        assert_moved_alike(our, their, before)
+
+
+@needs_cuda
+def test_tables_of_a_graph_are_its_own():
+    """A table that is made while a graph records is filled when it is replayed: no later step may find it."""
+    passes._kept_table.cache_clear()
+    tensors = make((1, 64, 32), device="cuda")
+    step = lambda: delta_momentum_step(*tensors, shape=(1, 64, 32), backend="triton", **OPTIONS)  # noqa: E731
+    expected = copy.deepcopy(tensors)
+    delta_momentum_step(*expected, shape=(1, 64, 32), backend="triton", **OPTIONS)
+    kept = passes._kept_table.cache_info().currsize
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    assert passes._kept_table.cache_info().currsize == kept
+    graph.replay()
+    assert all(map(torch.equal, tensors[0] + tensors[2], expected[0] + expected[2]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_where_the_parameters_are():
+    with torch.cuda.device(0):
+        assert_matches(make((1, 64, 32), device="cuda:1"), (1, 64, 32))
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler that comes with Triton")
+def test_compiles_to_tensor_core_instructions_without_spills(tmp_path):
+    """For three generations of GPUs, none of which has to be there."""
+    kernels = compiled("delta_momentum", tmp_path)
+    assert len(kernels) == 15
+    for name, usage in kernels.items():
+        count = usage["instructions"]
+        # Addresses, sums of squares, ‖U‖, lr, and a factor per row where a thread has no four in a row.
+        scalars = [op for op in ("LDG.E", "LDG.E.64", "STG.E.64") if op in count]
+        dots = assert_fast(name, usage, exempt=scalars)
+        assert sum(count[op] for op in scalars) <= 8, (name, usage)
+        assert bool(dots) == name.startswith("step"), (name, usage)
+        assert all("BF16" in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)
+        assert sum(count.values()) <= 2000, (name, usage)
