@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from compiled_kernels import assert_fast, compiled
 from deep_optim import DeltaMomentum
@@ -232,6 +233,19 @@ def test_nothing_of_the_weights_size_is_made_but_the_operands(shape, triton_devi
     with LargeResults(tensors[0][0].numel()) as results:
         delta_momentum_step(*tensors, shape=shape, backend="triton", **OPTIONS)
     results.assert_only(made=1)
+
+
+@needs_triton
+@pytest.mark.parametrize("gram_norm, inner_steps, small", [("trace", 1, 0), ("eigenvalue", 1, 1), ("trace", 3, 2)])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_costs_what_the_rule_needs(side, gram_norm, inner_steps, small, triton_device):
+    """One product of 2 r p² before the kernel's own, another where the left side needs T, and what T takes of 2 p³."""
+    tensors = make((1, 32, 8), 1, triton_device)
+    options = {**OPTIONS, "right": 0.0, "left": 0.0, side: 0.5, "gram_norm": gram_norm, "inner_steps": inner_steps}
+    with FlopCounterMode(display=False) as counter:
+        delta_momentum_step(*tensors, shape=(1, 32, 8), backend="triton", **options)
+    large = 2 if side == "left" and small else 1
+    assert counter.get_total_flops() == large * 2 * 32 * 8**2 + small * 2 * 8**3
 
 
 @needs_triton

@@ -209,8 +209,8 @@ def delta_momentum_triton(
         _operands_kernel[(stack * tiles,)](table, norm, factors, operands, stack, r, p, **layout, **_OPERANDS)
 
     a, k = operands.mT if m < n else operands  # [B, r, p]
-    rate = 1.0 if short and long and short != long else short or long  # as much of the rates as both sides share
-    s, q = _small_products(a, k, short / (rate or 1.0), long / (rate or 1.0), inner_steps, gram_norm)
+    rate = short or long or 1.0  # what the products share of the rates
+    s, q = _small_products(a, k, short / rate, long / rate, inner_steps, gram_norm)
     lr = _rate(lr)
     blocks = _LARGE if p > _SMALL["BLOCK_P"] else _SMALL
     tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(p, blocks["BLOCK_P"])
