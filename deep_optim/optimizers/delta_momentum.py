@@ -49,7 +49,7 @@ class DeltaMomentum(MemoryOptimizer):
 
     Keeps 4 bytes per parameter (8 with `output="adam"`). For an m × n matrix with m ≤ n it costs 8 m FLOPs per
     parameter (4 m or 6 m for one side) and a product of m × m matrices, three for three inner steps, before the output
-    map, where Newton-Schulz costs 20 to 30 m per parameter in all.
+    map, where Newton-Schulz costs 17 to 30 m per parameter in all.
 
     Args:
         params: parameters, named parameters, or groups of them; any shape.

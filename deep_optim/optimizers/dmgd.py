@@ -50,7 +50,7 @@ class DMGD(MemoryOptimizer):
     Keeps 4 bytes per parameter for the linear part (4 more with `output="adam"`) and, on every rank, 4 h (m + n) bytes
     per m × n matrix for the hidden one, h = `hidden_dim`; twice that in float64. With m ≤ n it costs about
     8 m (1 + h/m)² FLOPs per parameter and, at three inner steps, three products of matrices of size m + h before the
-    output map; four steps of Newton-Schulz cost 16 to 24 m per parameter.
+    output map; four steps of Newton-Schulz cost 13 to 24 m per parameter.
 
     Args:
         params: parameters, named parameters, or groups of them; any shape.
