@@ -121,6 +121,7 @@ def delta_momentum():
     ):
         tiles, options = split(getattr(passes, size))
         switches = {"READ": True, "SHORT": short, "LONG": wide or not short, "LR_ON_DEVICE": on_device}
+        switches |= {"DESCEND": on_device or not wide}
         constants = {"WIDE": wide, "ALIGNED": True, **switches, **tiles}
         rate = {"lr": "fp32"} if on_device else {}
         yield f"step {size} {wide=}", passes._step_kernel, constants, options, dtypes | rate

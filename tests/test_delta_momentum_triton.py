@@ -11,7 +11,7 @@ from compiled_kernels import assert_fast, compiled
 from deep_optim import DeltaMomentum
 from deep_optim.ops import delta_momentum_triton as passes
 from deep_optim.ops.backend import HAS_TRITON
-from deep_optim.ops.delta_momentum import delta_momentum_step
+from deep_optim.ops.delta_momentum import DeltaRule, delta_momentum_read, delta_momentum_step
 from large_results import LargeResults
 from problem import copy_params, make_params, set_grads, train
 
@@ -57,6 +57,11 @@ def make(shape, count=2, device="cpu", scale=1.0):
     return params, [scale * grad for grad in grads], [scale * memory for memory in memories]
 
 
+def step(tensors, *, lr, weight_decay, backend, **rule):
+    params, grads, memories = tensors
+    delta_momentum_step(params, grads, memories, DeltaRule(**rule), lr=lr, weight_decay=weight_decay, backend=backend)
+
+
 def doubles(tensors):
     return [[tensor.detach().double() for tensor in each] for each in tensors]
 
@@ -66,9 +71,9 @@ def assert_matches(tensors, shape, **options):
     options = {**OPTIONS, **options}
     exact, plain = doubles(tensors), doubles(tensors)
     start = [[tensor.clone() for tensor in each] for each in doubles(tensors)]
-    delta_momentum_step(*exact, shape=shape, backend="reference", **options)
-    delta_momentum_step(*plain, shape=shape, backend="reference", **{**options, "right": 0.0, "left": 0.0})
-    delta_momentum_step(*tensors, shape=shape, backend="triton", **options)
+    step(exact, shape=shape, backend="reference", **options)
+    step(plain, shape=shape, backend="reference", **{**options, "right": 0.0, "left": 0.0})
+    step(tensors, shape=shape, backend="triton", **options)
     params, grads, memories = tensors
     coarse = torch.finfo(torch.bfloat16 if params[0].is_cuda else torch.float32).eps
     eps, lr = torch.finfo(torch.float32).eps, float(options["lr"])
@@ -94,12 +99,12 @@ def test_the_reference_is_a_step_of_the_optimizer(split, shape, features):
     )  # fmt: skip
     ours, memories = copy_params(params), [torch.zeros_like(param) for param in params]
     rows = shape[0] // split if len(shape) > 1 else 1
-    for step in range(3):
-        train(optimizer, params, [step])
-        set_grads(ours, step)
+    for index in range(3):
+        train(optimizer, params, [index])
+        set_grads(ours, index)
         with torch.no_grad():
-            delta_momentum_step(
-                ours, [param.grad for param in ours], memories,
+            step(
+                (ours, [param.grad for param in ours], memories), backend="auto",
                 shape=(split, rows, params[0].numel() // split // rows), lr=0.1, weight_decay=0.2, decay=0.8, right=0.6,
                 left=0.0, inner_steps=2, gram_norm="trace", features=features, lookahead=2.5, maximize=True,
             )  # fmt: skip
@@ -197,7 +202,7 @@ def test_a_zero_gradient_only_decays(shape, features, triton_device):
     for grad in grads:
         grad.zero_()
     before = copy.deepcopy(tensors)
-    delta_momentum_step(*tensors, shape=shape, backend="triton", **{**OPTIONS, "features": features})
+    step(tensors, shape=shape, backend="triton", **{**OPTIONS, "features": features})
     for i, (param, _, memory) in enumerate(zip(*before, strict=True)):
         torch.testing.assert_close(memories[i], 0.9 * memory)
         torch.testing.assert_close(params[i], 0.98 * param - 0.1 * 0.81 * memory)
@@ -211,7 +216,7 @@ def test_what_is_not_finite_shows_where_it_is(bad, triton_device):
     other = copy.deepcopy(tensors)
     tensors[1][0][0, 0] = bad
     for each in (tensors, other):
-        delta_momentum_step(*each, shape=(2, 6, 4), backend="triton", **OPTIONS)
+        step(each, shape=(2, 6, 4), backend="triton", **OPTIONS)
     for ours, theirs in ((tensors[0], other[0]), (tensors[2], other[2])):
         assert not ours[0][:6].isfinite().all()
         assert torch.equal(ours[0][6:], theirs[0][6:]) and torch.equal(ours[1], theirs[1])
@@ -222,7 +227,7 @@ def test_what_is_not_finite_shows_where_it_is(bad, triton_device):
 def test_gives_the_same_bits_twice(shape, triton_device):
     first, second = (make(shape, device=triton_device) for _ in range(2))
     for tensors in (first, second):
-        delta_momentum_step(*tensors, shape=shape, backend="triton", **OPTIONS)
+        step(tensors, shape=shape, backend="triton", **OPTIONS)
     assert all(map(torch.equal, first[0] + first[2], second[0] + second[2]))
 
 
@@ -231,8 +236,29 @@ def test_gives_the_same_bits_twice(shape, triton_device):
 def test_nothing_of_the_weights_size_is_made_but_the_operands(shape, triton_device):
     tensors = make(shape, device=triton_device)
     with LargeResults(tensors[0][0].numel()) as results:
-        delta_momentum_step(*tensors, shape=shape, backend="triton", **OPTIONS)
+        step(tensors, shape=shape, backend="triton", **OPTIONS)
     results.assert_only(made=1)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 70, 37), (2, 37, 70), (1, 5, 5)], ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("lookahead", [None, 2.5])
+def test_what_is_read_for_an_output_map_is_what_the_weights_descend_along(shape, lookahead, triton_device):
+    """From zero by −1 times D, and with the same memory after it, bit for bit; by the reference too."""
+    rule = {name: each for name, each in OPTIONS.items() if name not in ("lr", "weight_decay")}
+    rule |= {"shape": shape, "lookahead": lookahead}
+    for backend in ("triton", "reference"):
+        tensors, (_, grads, memories) = make(shape, device=triton_device), make(shape, device=triton_device)
+        for param in tensors[0]:
+            param.zero_()
+        step(tensors, lr=-1.0, weight_decay=0.5, backend=backend, **rule)
+        versions = [memory._version for memory in memories]
+        direction = delta_momentum_read(grads, memories, DeltaRule(**rule), backend=backend)
+        assert direction.shape == (2 * shape[0], *shape[1:])
+        assert torch.equal(direction.flatten(), torch.cat([param.flatten() for param in tensors[0]]))
+        assert all(map(torch.equal, memories, tensors[2]))
+        assert all(memory._version > version for memory, version in zip(memories, versions, strict=True))
+        assert all(memory.data_ptr() != direction.data_ptr() for memory in memories)
 
 
 @needs_triton
@@ -243,7 +269,7 @@ def test_costs_what_the_rule_needs(side, gram_norm, inner_steps, small, triton_d
     tensors = make((1, 32, 8), 1, triton_device)
     options = {**OPTIONS, "right": 0.0, "left": 0.0, side: 0.5, "gram_norm": gram_norm, "inner_steps": inner_steps}
     with FlopCounterMode(display=False) as counter:
-        delta_momentum_step(*tensors, shape=(1, 32, 8), backend="triton", **options)
+        step(tensors, shape=(1, 32, 8), backend="triton", **options)
     large = 2 if side == "left" and small else 1
     assert counter.get_total_flops() == large * 2 * 32 * 8**2 + small * 2 * 8**3
 
@@ -252,7 +278,7 @@ def test_costs_what_the_rule_needs(side, gram_norm, inner_steps, small, triton_d
 def test_autograd_hears_of_what_was_written(triton_device):
     params, grads, memories = tensors = make((1, 6, 4), device=triton_device)
     versions = [[tensor._version for tensor in each] for each in tensors]
-    delta_momentum_step(*tensors, shape=(1, 6, 4), backend="triton", **OPTIONS)
+    step(tensors, shape=(1, 6, 4), backend="triton", **OPTIONS)
     for tensor, version in zip(params + memories, versions[0] + versions[2], strict=True):
         assert tensor._version > version
     assert [grad._version for grad in grads] == versions[1]
@@ -281,21 +307,21 @@ def test_a_table_is_kept_for_its_addresses_and_its_stream():
 @needs_triton
 def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
     params, grads, memories = tensors = make((1, 6, 4), device=triton_device)
-    step = lambda tensors, **options: delta_momentum_step(  # noqa: E731
-        *tensors, shape=(1, 6, 4), **{**OPTIONS, "backend": "triton", **options}
+    run = lambda tensors, **options: step(  # noqa: E731
+        tensors, shape=(1, 6, 4), **{**OPTIONS, "backend": "triton", **options}
     )
     before = copy.deepcopy(tensors)
     with pytest.raises(RuntimeError, match="in_dtypes=False"):
-        step(doubles(tensors))
+        run(doubles(tensors))
     with pytest.raises(RuntimeError, match="contiguous"):
-        step([[torch.cat([t, t], 1)[:, :4] for t in params], grads, memories])
-    with pytest.raises(RuntimeError, match="features='tanh'"):
-        step(tensors, features="tanh")
+        run([[torch.cat([t, t], 1)[:, :4] for t in params], grads, memories])
+    with pytest.raises(RuntimeError, match="'tanh'"):
+        run(tensors, features="tanh")
     with pytest.raises(ValueError, match="'cuda'"):
-        step(tensors, backend="cuda")
+        run(tensors, backend="cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on_cuda=False"):
-        step([[t.cpu() for t in each] for each in tensors])
+        run([[t.cpu() for t in each] for each in tensors])
     for after, kept in zip(tensors, before, strict=True):
         assert all(map(torch.equal, after, kept))
 
@@ -304,19 +330,30 @@ MODEL = ((6, 4), (6, 4), (4, 6), (7,), (7,), (), (4, 3, 2, 2))
 
 
 @needs_triton
-@pytest.mark.parametrize("options", [{}, {"side": "right", "gram_norm": "trace", "feature_map": "identity"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output": "identity"},
+        {"output": "identity", "side": "right", "gram_norm": "trace", "feature_map": "identity"},
+        {"ns_coefficients": "polar_express", "ns_steps": 9},  # converges, so that roundings do not grow
+        {"ns_coefficients": "polar_express", "ns_steps": 9, "nesterov": False, "side": "left", "maximize": True},
+    ],
+    ids=str,
+)
 def test_the_optimizer_takes_the_kernels_and_the_same_steps(options, triton_device, monkeypatch):
     calls = []
+    monkeypatch.setattr("deep_optim.ops.newton_schulz.working_dtype", lambda matrix: matrix.dtype)
     monkeypatch.setattr(
         "deep_optim.ops.delta_momentum.delta_momentum_triton",
-        lambda *args, **kwargs: (calls.append(len(args[0])), passes.delta_momentum_triton(*args, **kwargs)),
+        lambda *args, **kwargs: (calls.append(len(args[1])), passes.delta_momentum_triton(*args, **kwargs))[1],
     )
     start = make_params(MODEL, torch.float64)
     exact, ours = copy_params(start), [torch.nn.Parameter(p.detach().to(triton_device, torch.float32)) for p in start]
     for params, backend in ((exact, "reference"), (ours, "triton")):
-        optimizer = DeltaMomentum(params, lr=0.1, output="identity", backend=backend, **options)
+        optimizer = DeltaMomentum(params, lr=0.1, backend=backend, **options)
         train(optimizer, params, range(3))
-    assert sum(calls) == 3 * len(MODEL) and len(calls) < sum(calls)
+    stepped = [param for param in ours if param.ndim > 1 or options.get("output")]
+    assert sum(calls) == 3 * len(stepped) and len(calls) < sum(calls)
     for our, their, before in zip(ours, exact, start, strict=True):
         assert_moved_alike(our, their, before)
 
@@ -333,14 +370,14 @@ def assert_moved_alike(ours, exact, start):
 @needs_triton
 @pytest.mark.parametrize(
     "options",
-    [{"output": "newton_schulz"}, {"feature_map": "tanh"}, {"inner_lr": 0.0}, {"backend": "reference"}],
+    [{"output": "adam"}, {"feature_map": "tanh"}, {"inner_lr": 0.0}, {"backend": "reference"}],
     ids=str,
 )
 def test_the_optimizer_goes_the_other_way_for_what_the_kernels_have_not(options, triton_device, monkeypatch):
     monkeypatch.setattr("deep_optim.ops.delta_momentum.delta_momentum_triton", None)
     params = [torch.nn.Parameter(p.detach().to(triton_device)) for p in make_params([(6, 4)])]
     before = [param.detach().clone() for param in params]
-    optimizer = DeltaMomentum(params, **{"output": "identity", "backend": "triton", "lr": 0.1, **options})
+    optimizer = DeltaMomentum(params, **{"backend": "triton", "lr": 0.1, **options})
     train(optimizer, params, range(2))
     assert not torch.equal(params[0], before[0])
 
@@ -374,13 +411,12 @@ def test_tables_of_a_graph_are_its_own():
     """A table that is made while a graph records is filled when it is replayed: no later step may find it."""
     passes._kept_table.cache_clear()
     tensors = make((1, 64, 32), device="cuda")
-    step = lambda: delta_momentum_step(*tensors, shape=(1, 64, 32), backend="triton", **OPTIONS)  # noqa: E731
     expected = copy.deepcopy(tensors)
-    delta_momentum_step(*expected, shape=(1, 64, 32), backend="triton", **OPTIONS)
+    step(expected, shape=(1, 64, 32), backend="triton", **OPTIONS)
     kept = passes._kept_table.cache_info().currsize
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        step(tensors, shape=(1, 64, 32), backend="triton", **OPTIONS)
     assert passes._kept_table.cache_info().currsize == kept
     graph.replay()
     assert all(map(torch.equal, tensors[0] + tensors[2], expected[0] + expected[2]))

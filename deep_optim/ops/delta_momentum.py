@@ -1,44 +1,38 @@
-"""A whole step of delta momentum, memory and weights, in place on many parameters of one shape.
+"""Delta momentum in place, on many parameters of one shape: the memory alone, or the weights too.
 
     U  = φ(G)                                                     what is written
     M  ← decay · M − short · M C T − long · K T KᵀM + U           the two-sided delta rule
     D  = lookahead · U + decay · M,  or M                         what is read
-    W  ← (1 − lr · weight_decay) · W − lr · D
+    W  ← (1 − lr · weight_decay) · W − lr · D                     if the output map is the identity
 
-`two_sided_delta` returns M′ and D and leaves the rest to its caller: matrices are stacked before and taken apart after,
-and M, D and W each cross memory several times more. This is the same step for an optimizer whose output map is the
-identity, by a function that may write: from Triton no matrix is copied to stack it, and M and W are written once.
+`two_sided_delta` returns M′ and D and leaves the rest to its caller: U is made, matrices are stacked before and taken
+apart after, and each time all of them cross memory. These are the same steps by functions that may write: from Triton
+no matrix is copied to stack it, U is never in memory, and M and W are written once.
 Nested Learning, arXiv:2512.24695, Eq. 48-49.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .backend import Backend, use_triton
-from .delta_momentum_triton import delta_momentum_triton
+from .delta_momentum_triton import DeltaRule, delta_momentum_triton
 from .feature_map import FeatureMap, feature_map
-from .two_sided_delta import GramNorm, two_sided_delta_reference
+from .two_sided_delta import two_sided_delta_reference
+
+__all__ = ["DeltaRule", "delta_momentum_read", "delta_momentum_reference", "delta_momentum_step", "fusible"]
 
 
 def delta_momentum_step(
     params: Sequence[Tensor],  # W
     grads: Sequence[Tensor],  # G
     memories: Sequence[Tensor],  # M
+    rule: DeltaRule,
     *,
-    shape: tuple[int, int, int],
     lr: float | Tensor,
     weight_decay: float,
-    decay: float,
-    right: float,
-    left: float,
-    inner_steps: int,
-    gram_norm: GramNorm,
-    features: FeatureMap,
-    lookahead: float | None,
-    maximize: bool,
     backend: Backend = "auto",
 ) -> None:
     """Write `params` and `memories`; see the module docstring for the equation, `two_sided_delta` for its cost.
@@ -49,43 +43,38 @@ def delta_momentum_step(
         params: the weights, all of one size.
         grads: their gradients; not written.
         memories: one per parameter, and of its size.
-        shape: (split, m, n), how each of them is read as matrices.
+        rule: how the memory is written and read:
+            shape: (split, m, n), each parameter as matrices.
+            decay: how much of the memory survives where no key is like it.
+            right: how far the memory moves on the objective whose keys are the rows of U.
+            left: likewise for its columns.
+            inner_steps: gradient steps on each objective.
+            gram_norm: what scales the Gram to at most 1: a bound on its "eigenvalue", or its "trace".
+            features: φ; Triton has "identity" and "soft_rows".
+            lookahead: how many times the write counts again in D; None reads D = M.
+            maximize: ascend: U = φ(−G).
         lr: step size of the weights; from a tensor on the device it is read there.
         weight_decay: decoupled, multiplied by `lr`.
-        decay: how much of the memory survives where no key is like it.
-        right: how far the memory moves on the objective whose keys are the rows of U.
-        left: likewise for its columns.
-        inner_steps: gradient steps on each objective.
-        gram_norm: what scales the Gram to at most 1: a bound on its "eigenvalue", or its "trace".
-        features: φ; Triton has "identity" and "soft_rows".
-        lookahead: how many times the write counts again in D; None reads D = M.
-        maximize: ascend: U = φ(−G).
         backend: "auto", "reference" or "triton". "auto" takes Triton where all is `fusible`.
 
     Raises:
         RuntimeError: for "triton" where not all is.
     """
-    triton = fusible((*params, *grads, *memories), features, backend)
-    if backend == "triton" and not triton:
-        raise RuntimeError(f"backend='triton' needs plain, contiguous tensors and features it has; got {features=}")
-    step = delta_momentum_triton if triton else delta_momentum_reference
-    tall = shape[1] >= shape[2]
-    step(
-        params,
-        grads,
-        memories,
-        shape=shape,
-        lr=lr,
-        weight_decay=weight_decay,
-        decay=decay,
-        short=right if tall else left,
-        long=left if tall else right,
-        inner_steps=inner_steps,
-        gram_norm=gram_norm,
-        features=features,
-        lookahead=lookahead,
-        maximize=maximize,
-    )
+    step = _implementation((*params, *grads, *memories), rule, backend)
+    step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay)
+
+
+def delta_momentum_read(
+    grads: Sequence[Tensor],  # G
+    memories: Sequence[Tensor],  # M
+    rule: DeltaRule,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:  # D [B, m, n]
+    """Write `memories` and return what is read, for an output map; arguments as of `delta_momentum_step`."""
+    direction = _implementation((*grads, *memories), rule, backend)(None, grads, memories, rule)
+    assert direction is not None
+    return direction
 
 
 def fusible(tensors: Sequence[Tensor], features: FeatureMap, backend: Backend) -> bool:
@@ -99,36 +88,42 @@ def fusible(tensors: Sequence[Tensor], features: FeatureMap, backend: Backend) -
     return plain and known and not torch.compiler.is_compiling() and use_triton(backend, *tensors)
 
 
+def _implementation(tensors: Sequence[Tensor], rule: DeltaRule, backend: Backend) -> Callable[..., Tensor | None]:
+    if fusible(tensors, rule.features, backend):
+        return delta_momentum_triton
+    if backend == "triton":
+        raise RuntimeError(
+            f"backend='triton' needs plain, contiguous tensors, and features it has; got {rule.features!r}"
+        )
+    return delta_momentum_reference
+
+
 def delta_momentum_reference(
-    params: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
     grads: Sequence[Tensor],
     memories: Sequence[Tensor],
+    rule: DeltaRule,
     *,
-    shape: tuple[int, int, int],
-    lr: float | Tensor,
-    weight_decay: float,
-    decay: float,
-    short: float,
-    long: float,
-    inner_steps: int,
-    gram_norm: GramNorm,
-    features: FeatureMap,
-    lookahead: float | None,
-    maximize: bool,
-) -> None:
+    lr: float | Tensor = 0.0,
+    weight_decay: float = 0.0,
+) -> Tensor | None:  # D [B, m, n], without `params`
     """The equation as written; the ground truth that the other path is tested against."""
-    memory, grad = (torch.cat([t.reshape(shape) for t in tensors]) for tensors in (memories, grads))
+    memory, grad = (torch.cat([t.reshape(rule.shape) for t in tensors]) for tensors in (memories, grads))
+    short, long = rule.short_and_long
     memory, direction = two_sided_delta_reference(
         memory,
-        feature_map(-grad if maximize else grad, features),
-        decay=decay,
+        feature_map(-grad if rule.maximize else grad, rule.features),
+        decay=rule.decay,
         short=short,
         long=long,
-        inner_steps=inner_steps,
-        gram_norm=gram_norm,
-        lookahead=lookahead,
+        inner_steps=rule.inner_steps,
+        gram_norm=rule.gram_norm,
+        lookahead=rule.lookahead,
     )
-    for kept, new in zip(memories, memory.split(shape[0]), strict=True):
+    for kept, new in zip(memories, memory.split(rule.shape[0]), strict=True):
         kept.copy_(new.reshape(kept.shape))
-    for param, moved in zip(params, direction.split(shape[0]), strict=True):
+    if params is None:
+        return direction
+    for param, moved in zip(params, direction.split(rule.shape[0]), strict=True):
         param.mul_(1 - lr * weight_decay).sub_(lr * moved.reshape(param.shape))
+    return None

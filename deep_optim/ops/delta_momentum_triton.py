@@ -1,20 +1,20 @@
-"""The three passes over parameters, gradients and memories of a step of delta momentum, in Triton.
+"""The three passes over gradients, memories and weights of a step of delta momentum, in Triton.
 
     K = U / ‖U‖_F,  U = w ∘ G                              r rows (tokens), p ≤ r columns; w: a factor per row
     `_squares`     G → Σⱼ gᵢⱼ² in float64                  from which come ‖G‖_F and w
     `_operands`    M, G → A = M and K in low precision
     in between     S = T KᵀK,  Q = T KᵀA                   p × p, by torch
     `_step`        M ← decay · M + U − rate · (A S + K Q)
-                   D = lookahead · U + decay · M,   W ← (1 − lr · weight_decay) · W − lr · D
+                   D = lookahead · U + decay · M
+                   W ← (1 − lr · weight_decay) · W − lr · D,   or D itself, for an output map
 
 Every matrix is found by its address, in a table: nothing is stacked or taken apart. Bytes per parameter: 4 (G), 12
 (M, G; A, K), 4 for each of S and Q, 2 for each of A and K in the last pass, and 20 there (G, M, W; M, W).
 A wide matrix is read and written as the transpose of a tall one, through strides.
 
 `_step` may write in place: a program reads M and W at its own tile alone, which no other program writes. What it needs
-of whole rows it takes from A, K, S and Q, which the passes before it have made and nothing writes any more; without
-the copy A, M S would read rows of M that a neighbour may have written already, where K Q would not. That is why
-the rule with S also needs A when M is float32 and could be multiplied as it is.
+of whole rows it takes from A, K, S and Q, which the passes before it made and nothing writes any more. A product with
+M itself would read rows that a neighbour may have written already.
 The norm is known before anything is multiplied, as it must be: products of gradients of size 1e-30 or 1e30 leave
 float32's range. All is deterministic: no atomics, sums in a fixed order. Rates are read at run time, on the device
 where they are tensors, so that no value is compiled in or waited for. Sizes that are multiples of 16 are accessed 16
@@ -23,6 +23,7 @@ bytes at a time where all tensors are aligned.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,31 +112,33 @@ if HAS_TRITON:
 
     @triton.jit
     def _descend_tile(  # type: ignore[no-untyped-def]
-        erased, grad_ptr, memory_ptr, param_ptr, factors, row_start, col_start, r, p,
+        erased, grad_ptr, memory_ptr, out_ptr, factors, row_start, col_start, r, p,
         lr, weight_decay, decay, rate, lookahead,
-        READ: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+        READ: tl.constexpr, DESCEND: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     ):  # fmt: skip
-        """Write a tile of M and W, given A S + K Q."""
+        """Write a tile of M and of W or D, given A S + K Q."""
         start, at, mask = _tile(0, row_start, col_start, r, p, WIDE, BLOCK_R, BLOCK_P)
         written = factors * tl.load(grad_ptr + start + at, mask=mask, other=0.0)
         memory = tl.load(memory_ptr + start + at, mask=mask, other=0.0)
-        param = tl.load(param_ptr + start + at, mask=mask, other=0.0)
         memory = decay * memory + written - rate * erased
         tl.store(memory_ptr + start + at, memory, mask=mask)
         read = memory
         if READ:
             read = lookahead * written + decay * memory
-        tl.store(param_ptr + start + at, (1 - lr * weight_decay) * param - lr * read, mask=mask)
+        if DESCEND:
+            param = tl.load(out_ptr + start + at, mask=mask, other=0.0)
+            read = (1 - lr * weight_decay) * param - lr * read
+        tl.store(out_ptr + start + at, read, mask=mask)
 
     @triton.jit
     def _step_kernel(  # type: ignore[no-untyped-def]
-        table_ptr, operands_ptr, s_ptr, q_ptr, scale_ptr, lr,
+        table_ptr, operands_ptr, s_ptr, q_ptr, scale_ptr, direction_ptr, lr,
         stack, r, p, weight_decay, decay, rate, lookahead,
-        READ: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
+        READ: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, DESCEND: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
         WIDE: tl.constexpr, ALIGNED: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """One [BLOCK_R, BLOCK_P] tile of M and W."""
+        """One [BLOCK_R, BLOCK_P] tile of M and of W or D."""
         tiles_p = tl.cdiv(p, BLOCK_P)
         tiles = tl.cdiv(r, BLOCK_R) * tiles_p
         program = tl.program_id(0).to(tl.int64)  # one axis: the others end at 65535; int64: batch · r · p is large
@@ -156,7 +159,7 @@ if HAS_TRITON:
             )  # fmt: skip
         grad_ptr = _matrix(table_ptr, batch, ALIGNED)
         memory_ptr = _matrix(table_ptr, stack + batch, ALIGNED)
-        param_ptr = _matrix(table_ptr, 2 * stack + batch, ALIGNED)
+        out_ptr = _matrix(table_ptr, 2 * stack + batch, ALIGNED) if DESCEND else direction_ptr + batch * r * p
         factors = _factors(scale_ptr, batch, row_start, r, BLOCK_R)
         # A quarter at a time: the registers do not hold whole tiles of G, M and W too.
         quarter: tl.constexpr = BLOCK_P // 4
@@ -164,63 +167,79 @@ if HAS_TRITON:
         quarters = _halves(first, BLOCK_R, BLOCK_P // 2) + _halves(second, BLOCK_R, BLOCK_P // 2)
         for i in tl.static_range(4):
             _descend_tile(
-                quarters[i], grad_ptr, memory_ptr, param_ptr, factors, row_start, col_start + i * quarter, r, p,
+                quarters[i], grad_ptr, memory_ptr, out_ptr, factors, row_start, col_start + i * quarter, r, p,
                 lr, weight_decay, decay, rate, lookahead,
-                READ, WIDE, BLOCK_R, quarter,
+                READ, DESCEND, WIDE, BLOCK_R, quarter,
             )  # fmt: skip
 
 
+class DeltaRule(NamedTuple):
+    """How matrices are read, and how their memories are written and read; `delta_momentum_step` has what each means."""
+
+    shape: tuple[int, int, int]
+    decay: float
+    right: float
+    left: float
+    inner_steps: int
+    gram_norm: GramNorm
+    features: FeatureMap
+    lookahead: float | None
+    maximize: bool
+
+    @property
+    def short_and_long(self) -> tuple[float, float]:
+        """The rates along the short dimension, which is the second of a square, and along the long one."""
+        return (self.right, self.left) if self.shape[1] >= self.shape[2] else (self.left, self.right)
+
+
 def delta_momentum_triton(
-    params: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
     grads: Sequence[Tensor],
     memories: Sequence[Tensor],
+    rule: DeltaRule,
     *,
-    shape: tuple[int, int, int],
-    lr: float | Tensor,
-    weight_decay: float,
-    decay: float,
-    short: float,
-    long: float,
-    inner_steps: int,
-    gram_norm: GramNorm,
-    features: FeatureMap,
-    lookahead: float | None,
-    maximize: bool,
-) -> None:
-    """Write contiguous float32 `params` and `memories` as `delta_momentum_step` says."""
-    split, m, n = shape
+    lr: float | Tensor = 0.0,
+    weight_decay: float = 0.0,
+) -> Tensor | None:  # D [B, m, n]
+    """Write `memories` and `params`, or return D if there are none; all of them contiguous and in float32."""
+    split, m, n = rule.shape
     p, r = sorted((m, n))
-    table, aligned = _addresses((*grads, *memories, *params), split)
-    stack, device = len(table) // 3, params[0].device
+    table, aligned = _addresses((*grads, *memories, *(params or ())), split)
+    stack, device = split * len(grads), grads[0].device
     layout = {"WIDE": m < n, "ALIGNED": aligned}
 
     squares = torch.empty(stack, r, dtype=torch.float64, device=device)
     with on_device_of(squares):
         _squares_kernel[(stack * triton.cdiv(r, _SQUARES["BLOCK_R"]),)](table, squares, r, p, **layout, **_SQUARES)
-    norm, factors = _norm_and_factors(squares, features)
-    if maximize:
+    norm, factors = _norm_and_factors(squares, rule.features)
+    if rule.maximize:
         factors.neg_()
 
     # The interpreter has no bfloat16: https://github.com/triton-lang/triton/issues/11584
-    dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
-    operands = torch.empty(2, stack, m, n, dtype=dtype, device=device)
+    operands = torch.empty(2, stack, m, n, dtype=torch.bfloat16 if grads[0].is_cuda else torch.float32, device=device)
     tiles = triton.cdiv(r, _OPERANDS["BLOCK_R"]) * triton.cdiv(p, _OPERANDS["BLOCK_P"])
     with on_device_of(operands):
         _operands_kernel[(stack * tiles,)](table, norm, factors, operands, stack, r, p, **layout, **_OPERANDS)
 
     a, k = operands.mT if m < n else operands  # [B, r, p]
+    short, long = rule.short_and_long
     rate = short or long or 1.0  # what the products share of the rates
-    s, q = _small_products(a, k, short / rate, long / rate, inner_steps, gram_norm)
+    s, q = _small_products(a, k, short / rate, long / rate, rule.inner_steps, rule.gram_norm)
     lr = _rate(lr)
+    direction = torch.empty(stack, m, n, device=device) if params is None else None
     blocks = _LARGE if p > _SMALL["BLOCK_P"] else _SMALL
     tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(p, blocks["BLOCK_P"])
     with on_device_of(operands):
         _step_kernel[(stack * tiles,)](
-            table, operands, s, q, factors, lr, stack, r, p, weight_decay, decay, rate, lookahead or 0.0,
-            READ=lookahead is not None, SHORT=s is not None, LONG=q is not None, LR_ON_DEVICE=isinstance(lr, Tensor),
+            table, operands, s, q, factors, direction, lr, stack, r, p,
+            weight_decay, rule.decay, rate, rule.lookahead or 0.0, READ=rule.lookahead is not None,
+            SHORT=s is not None, LONG=q is not None, DESCEND=direction is None, LR_ON_DEVICE=isinstance(lr, Tensor),
             **layout, **blocks,
         )  # fmt: skip
-    torch.autograd.graph.increment_version([*params, *memories])  # a kernel does not tell autograd that it wrote
+    torch.autograd.graph.increment_version(
+        [*(params or ()), *memories]
+    )  # a kernel does not tell autograd of its writes
+    return direction
 
 
 def _norm_and_factors(squares: Tensor, features: FeatureMap) -> tuple[Tensor, Tensor]:  # [B, r] -> [B, 1], [B, r]
@@ -238,8 +257,6 @@ def _small_products(
     a: Tensor, k: Tensor, short: float, long: float, inner_steps: int, gram_norm: GramNorm
 ) -> tuple[Tensor | None, Tensor | None]:  # [B, p, p]
     """Return short · T KᵀK and long · T KᵀA, each None if its factor is 0."""
-    if not (short or long):
-        return None, None
     polynomial = gram = k.new_ones(1, 1, 1)  # T = 1 for one step by the trace of KᵀK, which is ‖K‖² = 1
     if short or inner_steps > 1 or gram_norm == "eigenvalue":
         gram = symmetric_product(k.mT)

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deep_optim.ops.backend import Backend
-from deep_optim.ops.delta_momentum import delta_momentum_step, fusible
+from deep_optim.ops.delta_momentum import DeltaRule, delta_momentum_read, delta_momentum_step, fusible
 from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.newton_schulz import Coefficients
 from deep_optim.ops.two_sided_delta import GramNorm, most_erased, two_sided_delta
 
-from .base import MemoryOptimizer
+from .base import MemoryOptimizer, _descend
 from .matrices import matrix_shape
-from .output_map import OutputMap
+from .output_map import OutputMap, apply_output
 from .validation import check_at_least, check_choice, check_count
 
 Side = Literal["right", "left", "both"]
@@ -178,21 +178,16 @@ class DeltaMomentum(MemoryOptimizer):
         return direction
 
     def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Where nothing comes between the memory and the weights, kernels that write both step them at once."""
+        """The same step by kernels that write in place, where they can: they have no use for stacks."""
         grads = [param.grad for param in params if param.grad is not None]  # all have one
         memories = [self.state[param]["memory"] for param in params]
-        direct = group["output"] == "identity" and group["inner_lr"] != 0
-        if not (direct and fusible([*params, *grads, *memories], group["feature_map"], group["backend"])):
+        plain = group["inner_lr"] == 0 or group["output"] == "adam"  # which needs what is written, beside what is read
+        if plain or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
             return
         right, left = (group["inner_lr"] * (group["side"] in (side, "both")) for side in ("right", "left"))
-        delta_momentum_step(
-            params,
-            grads,
-            memories,
+        rule = DeltaRule(
             shape=matrix_shape(params[0], group),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
             decay=group["momentum"],
             right=right,
             left=left,
@@ -201,8 +196,13 @@ class DeltaMomentum(MemoryOptimizer):
             features=group["feature_map"],
             lookahead=group["lookahead"] if group["nesterov"] else None,
             maximize=group["maximize"],
-            backend=group["backend"],
         )
+        lr, weight_decay, backend = group["lr"], group["weight_decay"], group["backend"]
+        if group["output"] == "identity":
+            delta_momentum_step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay, backend=backend)
+        else:
+            direction = delta_momentum_read(grads, memories, rule, backend=backend)
+            _descend(params, apply_output(direction, direction, {}, group), group)
 
 
 def check_read_and_steps(group: Mapping[str, Any]) -> None:
