@@ -88,7 +88,9 @@ def assert_matches(tensors, shape, **options):
 
 
 @pytest.mark.parametrize("features", ["identity", "soft_rows", "tanh"])
-@pytest.mark.parametrize("split, shape", [(1, (6, 4)), (2, (6, 5)), (1, (4, 3, 2)), (1, (3,)), (1, ())], ids=str)
+@pytest.mark.parametrize(
+    "split, shape", [(1, (6, 4)), (2, (6, 5)), (1, (4, 4)), (1, (4, 3, 2)), (1, (3,)), (1, ())], ids=str
+)
 def test_the_reference_is_a_step_of_the_optimizer(split, shape, features):
     """Three of them, in float64, at options of which no two have the same value."""
     params = make_params([shape, shape], torch.float64)
@@ -313,6 +315,8 @@ def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
     before = copy.deepcopy(tensors)
     with pytest.raises(RuntimeError, match="in_dtypes=False"):
         run(doubles(tensors))
+    with pytest.raises(RuntimeError, match="in_dtypes=False"):
+        run([params, grads, [memory.double() for memory in memories]])
     with pytest.raises(RuntimeError, match="contiguous"):
         run([[torch.cat([t, t], 1)[:, :4] for t in params], grads, memories])
     with pytest.raises(RuntimeError, match="'tanh'"):

@@ -12,17 +12,47 @@ Nested Learning, arXiv:2512.24695, Eq. 48-49.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .backend import Backend, use_triton
-from .delta_momentum_triton import DeltaRule, delta_momentum_triton
+from .delta_momentum_triton import delta_momentum_triton
 from .feature_map import FeatureMap, feature_map
-from .two_sided_delta import two_sided_delta_reference
+from .two_sided_delta import GramNorm, two_sided_delta_reference
 
-__all__ = ["DeltaRule", "delta_momentum_read", "delta_momentum_reference", "delta_momentum_step", "fusible"]
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """How parameters are read as matrices, and how their memories are written and read.
+
+    Args:
+        shape: (split, m, n) of each parameter.
+        decay: how much of the memory survives where no key is like it.
+        right: how far the memory moves on the objective whose keys are the rows of U.
+        left: likewise for its columns.
+        inner_steps: gradient steps on each objective.
+        gram_norm: what scales the Gram to at most 1: a bound on its "eigenvalue", or its "trace".
+        features: φ; Triton has "identity" and "soft_rows".
+        lookahead: how many times the write counts again in D; None reads D = M.
+        maximize: ascend: U = φ(−G).
+    """
+
+    shape: tuple[int, int, int]
+    decay: float
+    right: float
+    left: float
+    inner_steps: int
+    gram_norm: GramNorm
+    features: FeatureMap
+    lookahead: float | None
+    maximize: bool
+
+    def short_and_long(self) -> tuple[float, float]:
+        """Return the rates along the short dimension, which is the second of a square, and along the long one."""
+        return (self.right, self.left) if self.shape[1] >= self.shape[2] else (self.left, self.right)
 
 
 def delta_momentum_step(
@@ -37,22 +67,13 @@ def delta_momentum_step(
 ) -> None:
     """Write `params` and `memories`; see the module docstring for the equation, `two_sided_delta` for its cost.
 
-    From Triton: 42 bytes per parameter on one side, 46 on both, and 4 bytes per parameter of working memory.
+    From Triton: 42 bytes per parameter on one side, 48 on both, and 4 bytes per parameter of working memory.
 
     Args:
         params: the weights, all of one size.
         grads: their gradients; not written.
         memories: one per parameter, and of its size.
-        rule: how the memory is written and read:
-            shape: (split, m, n), each parameter as matrices.
-            decay: how much of the memory survives where no key is like it.
-            right: how far the memory moves on the objective whose keys are the rows of U.
-            left: likewise for its columns.
-            inner_steps: gradient steps on each objective.
-            gram_norm: what scales the Gram to at most 1: a bound on its "eigenvalue", or its "trace".
-            features: φ; Triton has "identity" and "soft_rows".
-            lookahead: how many times the write counts again in D; None reads D = M.
-            maximize: ascend: U = φ(−G).
+        rule: how the memory is written and read.
         lr: step size of the weights; from a tensor on the device it is read there.
         weight_decay: decoupled, multiplied by `lr`.
         backend: "auto", "reference" or "triton". "auto" takes Triton where all is `fusible`.
@@ -71,7 +92,10 @@ def delta_momentum_read(
     *,
     backend: Backend = "auto",
 ) -> Tensor:  # D [B, m, n]
-    """Write `memories` and return what is read, for an output map; arguments as of `delta_momentum_step`."""
+    """Write `memories` and return what is read, for an output map.
+
+    Arguments, errors and cost are those of `delta_momentum_step`, of whose bytes it saves 4.
+    """
     direction = _implementation((*grads, *memories), rule, backend)(None, grads, memories, rule)
     assert direction is not None
     return direction
@@ -109,7 +133,7 @@ def delta_momentum_reference(
 ) -> Tensor | None:  # D [B, m, n], without `params`
     """The equation as written; the ground truth that the other path is tested against."""
     memory, grad = (torch.cat([t.reshape(rule.shape) for t in tensors]) for tensors in (memories, grads))
-    short, long = rule.short_and_long
+    short, long = rule.short_and_long()
     memory, direction = two_sided_delta_reference(
         memory,
         feature_map(-grad if rule.maximize else grad, rule.features),

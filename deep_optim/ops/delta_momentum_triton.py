@@ -23,7 +23,7 @@ bytes at a time where all tensors are aligned.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from .backend import HAS_TRITON, on_device_of, tl, triton
 from .feature_map import _SOFTNESS, FeatureMap
 from .symmetric_product import symmetric_product
 from .two_sided_delta import GramNorm, erasing_polynomial, times
+
+if TYPE_CHECKING:  # which imports this module
+    from .delta_momentum import DeltaRule
 
 # The largest tiles for which the compiler spills no register on sm_80, sm_90 and sm_100 and that fit into the 99 KB of
 # shared memory of the smallest GPUs with bfloat16; chosen by compiling, not by timing.
@@ -173,30 +176,11 @@ if HAS_TRITON:
             )  # fmt: skip
 
 
-class DeltaRule(NamedTuple):
-    """How matrices are read, and how their memories are written and read; `delta_momentum_step` has what each means."""
-
-    shape: tuple[int, int, int]
-    decay: float
-    right: float
-    left: float
-    inner_steps: int
-    gram_norm: GramNorm
-    features: FeatureMap
-    lookahead: float | None
-    maximize: bool
-
-    @property
-    def short_and_long(self) -> tuple[float, float]:
-        """The rates along the short dimension, which is the second of a square, and along the long one."""
-        return (self.right, self.left) if self.shape[1] >= self.shape[2] else (self.left, self.right)
-
-
 def delta_momentum_triton(
     params: Sequence[Tensor] | None,
     grads: Sequence[Tensor],
     memories: Sequence[Tensor],
-    rule: DeltaRule,
+    rule: "DeltaRule",
     *,
     lr: float | Tensor = 0.0,
     weight_decay: float = 0.0,
@@ -222,7 +206,7 @@ def delta_momentum_triton(
         _operands_kernel[(stack * tiles,)](table, norm, factors, operands, stack, r, p, **layout, **_OPERANDS)
 
     a, k = operands.mT if m < n else operands  # [B, r, p]
-    short, long = rule.short_and_long
+    short, long = rule.short_and_long()
     rate = short or long or 1.0  # what the products share of the rates
     s, q = _small_products(a, k, short / rate, long / rate, rule.inner_steps, rule.gram_norm)
     lr = _rate(lr)
