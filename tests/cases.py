@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deep_optim import DMGD, DeltaMomentum, Momentum, PreconditionedMomentum
+from deep_optim import DMGD, M3, DeltaMomentum, Momentum, PreconditionedMomentum
 from problem import make_params, train
 
 LR = 2.0**-6  # exact in every dtype, so that a tensor can hold what a float holds
@@ -91,6 +91,13 @@ CASES = (
     Case("dmgd-adam", DMGD, {"output": "adam", "hidden_dim": 3, "hidden_lr": 0.1}),
     Case("dmgd-skip", DMGD, {"hidden_dim": 4, "nonfinite": "skip", "nesterov": False, "inner_steps": 4}),
     Case("dmgd-no-hidden", DMGD, {"hidden_dim": 0}),
+    # Short chunks, or no test would see one end.
+    Case("m3", M3, {"chunk_size": 2, "alpha_warmup": 2}),
+    Case("m3-pre", M3, {"chunk_size": 2, "alpha_warmup": 2, "mix": "pre", "alpha": 1.0, "nesterov": False}),
+    Case("m3-elementwise", M3, {"chunk_size": 2, "alpha_warmup": 0, "second_moment": "elementwise"}),
+    Case("m3-gradient", M3, {"chunk_size": 3, "alpha_warmup": 0, "second_moment": "gradient", "mix": "pre"}),
+    Case("m3-none", M3, {"chunk_size": 1, "alpha_warmup": 0, "second_moment": "none", "alpha": 0.5}),
+    Case("m3-no-slow-memory", M3, {"chunk_size": 2, "alpha_warmup": 2, "alpha": 0.0}),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from deep_optim import DMGD, DeltaMomentum, Momentum, PreconditionedMomentum
 from problem import assert_same, copy_params, make_params, train
 
-CLASSES = [Momentum, PreconditionedMomentum, DeltaMomentum, DMGD]
+CLASSES = list({case.cls for case in CASES if not case.control})
 
 
 def walk(cls, kahan_sum, dtype=torch.bfloat16, lr=2.0**-14, steps=64, shape=(6, 4), rule="memory"):

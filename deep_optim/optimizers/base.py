@@ -38,7 +38,8 @@ _CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporar
 class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     """Descend along what a memory of past gradients answers.
 
-    Subclasses define `init_state` and `update`, may define `features` and `check_group`, and never override `step`.
+    Subclasses define `init_state` and `update`, may define `features`, `output` and `check_group`, and never override
+    `step`.
     Which parameters have a memory: all under `output="identity"`, else those with two dimensions or more, read as
     matrices [rows, rest]; the others, and groups with `rule="adamw"`, are stepped by torch's AdamW. A group with
     `split=s` has its matrices cut into s blocks of rows, each with a memory of its own (fused query, key and value).
@@ -48,6 +49,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     """
 
     group_defaults: ClassVar[dict[str, Any]] = {"rule": "memory", "split": 1}
+    per_parameter: ClassVar[tuple[str, ...]] = (COMPENSATION,)  # names of state that stay out of the stacks
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.check_group({**self.group_defaults, **defaults})
@@ -104,6 +106,10 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def read(self, written: Tensor, memory: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the memory, or under Nesterov the memory with the same write added once more."""
         return written.add(memory, alpha=group["momentum"]) if group["nesterov"] else memory
+
+    def output(self, direction: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """Return σ(`direction`), all [B, m, n]: what becomes of the memory's answer before it moves the weights."""
+        return apply_output(direction, written, state, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         for name, default in self.group_defaults.items():
@@ -179,12 +185,12 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
             if "step" in state:
                 state["step"] += 1
         grad = _stack([whole(param.grad).to(dtype).reshape(shape) for param in params])  # type: ignore[arg-type]
-        names = [name for name in states[0] if name != COMPENSATION]
+        names = [name for name in states[0] if name not in self.per_parameter]
         before = {name: _stack([as_matrices(state[name], params[0], shape) for state in states]) for name in names}
         stacked = dict(before)
 
         written = self.features(-grad if group["maximize"] else grad, stacked, group)
-        direction = apply_output(self.update(written, stacked, group), written, stacked, group)
+        direction = self.output(self.update(written, stacked, group), written, stacked, group)
 
         for name in names:
             if stacked[name] is not before[name]:

@@ -34,7 +34,7 @@ from .base import MemoryOptimizer, as_matrices, capturing
 from .delta_momentum import check_read_and_steps, check_stable
 from .matrices import has_memory, matrix_shape
 from .memory_report import MemoryReport, report
-from .output_map import OutputMap, apply_output
+from .output_map import OutputMap
 from .sharding import local, whole
 from .validation import check_at_least, check_choice, check_count
 
@@ -215,7 +215,7 @@ class DMGD(MemoryOptimizer):
         grad = whole(param.grad).to(before.linear.dtype).reshape(shape)  # type: ignore[arg-type]
         ascent = -grad if group["maximize"] else grad
         written = self.features(ascent, state, group)
-        direction = apply_output(self.update(written, state, group), written, state, group)
+        direction = self.output(self.update(written, state, group), written, state, group)
         after = MLPMemory(*(state[name] for name in _NAMES))
         return report(before, after, written, ascent, direction, group["inner_lr"])
 

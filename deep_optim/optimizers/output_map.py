@@ -38,8 +38,7 @@ def apply_output(
 ) -> Tensor:  # [B, m, n]
     """Return σ(`direction`); "adam" takes `written` into its second moment first."""
     if group["output"] == "newton_schulz":
-        scale = _ADAMW_RMS * max(direction.shape[-2:]) ** 0.5
-        return newton_schulz(direction, steps=group["ns_steps"], coefficients=group["ns_coefficients"], scale=scale)
+        return orthogonalise(direction, group)
     if group["output"] == "adam":
         momentum, (_, beta2) = group["momentum"], group["adamw_betas"]
         state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(written, written, value=1 - beta2)
@@ -49,6 +48,12 @@ def apply_output(
         average = (1 - momentum) / seen * direction
         return average / ((state["exp_avg_sq"] / weight_seen(beta2, step)).sqrt() + group["adamw_eps"])
     return direction
+
+
+def orthogonalise(matrix: Tensor, group: Mapping[str, Any]) -> Tensor:  # [B, m, n] -> [B, m, n]
+    """Return 0.2 √max(m, n) · NS(`matrix`)."""
+    scale = _ADAMW_RMS * max(matrix.shape[-2:]) ** 0.5
+    return newton_schulz(matrix, steps=group["ns_steps"], coefficients=group["ns_coefficients"], scale=scale)
 
 
 def weight_seen(beta: float, step: Tensor) -> Tensor:

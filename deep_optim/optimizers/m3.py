@@ -1,0 +1,240 @@
+"""M3, multi-scale momentum Muon: a fast memory that every gradient rewrites, and a slow one that chunks of them do.
+
+    at the first of every C steps:   O₂ ← NS(M₂),   M₂ ← slow_beta · M₂
+    M   ← momentum · M + G
+    M₂  ← M₂ + (1 − slow_beta) / C · G                                after C steps: the average over chunk means
+    D   = G + momentum · M   if nesterov, else M
+    O   = (NS(D) + a O₂) / (1 + a)                                    mix="post"
+    O   = NS((1 − momentum) · D + a M₂)   with M₂ as it was at O₂'s   mix="pre"
+    V   ← beta2 · V + (1 − beta2) · X²                                X = rows of O, O, or G
+    Ô   = s · O / (√V̂ + ε),   ‖Ô‖_F = ‖O‖_F
+    W   ← (1 − lr · weight_decay) · W − lr · 0.2 √max(m, n) · Ô
+
+a = 0 in the first chunk, before there is a slow memory, and rises to alpha over `alpha_warmup` steps after it.
+
+With alpha = 0 and without V it is `Momentum`, which is Muon: one memory, one time scale. With V of the rows alone it
+is NorMuon (arXiv:2510.05491) but for its fixed size of the update; "elementwise" is AdaMuon's (arXiv:2507.11005).
+Nested Learning, arXiv:2512.24695, Algorithm 1 and Eq. 75. As printed, the memories and V are sums that never decay,
+so that both memories hold the same gradients; docs/readings.md has what is changed here, and why.
+"""
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from deep_optim.ops.frobenius import frobenius_norm
+from deep_optim.ops.newton_schulz import Coefficients
+
+from .base import MemoryOptimizer, as_matrices
+from .matrices import has_memory, matrix_shape
+from .output_map import orthogonalise, weight_seen
+from .sharding import local, local_of
+from .validation import check_at_least, check_choice, check_count
+
+Mix = Literal["post", "pre"]
+SecondMoment = Literal["row", "elementwise", "gradient", "none"]
+
+
+class M3(MemoryOptimizer):
+    """Muon with a second, slow memory: directions that gradients had a thousand steps ago still count.
+
+    Keeps 12 bytes per parameter and 4 m per m × n matrix; 16 under `second_moment` "elementwise" or "gradient"; with
+    `alpha=0` 8 less. A step costs Newton-Schulz of the fast memory, as Muon's, and that of the slow one once in
+    `chunk_size` steps (never under `mix="pre"`).
+
+    Args:
+        params: parameters, named parameters, or groups of them; any shape.
+        lr: step size; AdamW's usual values.
+        momentum: how much of the fast memory survives a step, 0 to 1.
+        weight_decay: decoupled, multiplied by `lr` as in AdamW.
+        nesterov: read the fast memory with the same write added once more.
+        alpha: weight of the slow memory beside the fast one's 1. 0 keeps no slow memory.
+        alpha_warmup: steps over which that weight rises linearly, from the first gradient after the first chunk on.
+        chunk_size: gradients between two updates of what is read from the slow memory. A parameter counts its own.
+        slow_beta: how much of the slow memory survives a chunk; it remembers chunk_size / (1 − slow_beta) steps.
+        mix: "post" adds the two orthogonalised memories. "pre" orthogonalises their sum: no second Newton-Schulz, and
+            a slow memory counts for less where its gradients disagreed, so that it takes a larger `alpha`.
+        second_moment: what evens out the update. "row": the average size of its rows, over time; "elementwise": of its
+            entries; "gradient": of the gradient's entries, the paper's, for which alone `eps` compares with the scale
+            of the loss; "none". None of them changes the update's Frobenius norm.
+        beta2: decay rate of the second moment.
+        eps: term in its denominator.
+        ns_steps: Newton-Schulz iterations.
+        ns_coefficients: "muon" or "polar_express".
+        adamw_betas: AdamW's decay rates, for what is no matrix.
+        adamw_eps: AdamW's term in the denominator; likewise.
+        foreach: use torch's foreach AdamW for what is no matrix.
+        maximize: ascend instead.
+        capturable: keep counters on the device, so that a CUDA graph can capture the step. Then, and under
+            torch.compile, the host cannot know where a chunk ends: under `mix="post"` both memories are orthogonalised
+            at every step, though the slow one is used as often. `mix="pre"` costs nothing more.
+        differentiable: refused; the memories are written in place.
+        fused: use torch's fused AdamW for what is no matrix; by default wherever torch has one.
+        kahan_sum: keep what rounding takes from bfloat16 and float16 weights, so that small updates are not lost, at
+            2 bytes per parameter.
+
+    Raises:
+        ValueError: for a value out of range, in the constructor or in any group.
+        RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients, and
+            for a group whose `alpha` was 0 when its state was made and no longer is.
+
+    Example:
+        >>> optimizer = M3(model.parameters(), lr=1e-3)  # doctest: +SKIP
+    """
+
+    # both memories are orthogonalised: the output map is no argument
+    group_defaults: ClassVar[dict[str, Any]] = {**MemoryOptimizer.group_defaults, "output": "newton_schulz"}
+    per_parameter: ClassVar[tuple[str, ...]] = (*MemoryOptimizer.per_parameter, "slow.memory")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 1e-2,
+        nesterov: bool = True,
+        alpha: float = 0.1,
+        alpha_warmup: int = 100,
+        chunk_size: int = 100,
+        slow_beta: float = 0.9,
+        mix: Mix = "post",
+        second_moment: SecondMoment = "row",
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        ns_steps: int = 5,
+        ns_coefficients: Coefficients = "muon",
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        kahan_sum: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "alpha": alpha,
+            "alpha_warmup": alpha_warmup,
+            "chunk_size": chunk_size,
+            "slow_beta": slow_beta,
+            "mix": mix,
+            "second_moment": second_moment,
+            "beta2": beta2,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "kahan_sum": kahan_sum,
+        }
+        super().__init__(params, defaults)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_choice(group, "output", ("newton_schulz",))
+        check_choice(group, "mix", get_args(Mix))
+        check_choice(group, "second_moment", get_args(SecondMoment))
+        check_at_least(group, 0.0, "alpha")
+        check_count(group, "alpha_warmup", minimum=0)
+        check_count(group, "chunk_size")
+        for name in ("slow_beta", "beta2"):
+            if not 0.0 <= group[name] < 1.0:
+                raise ValueError(f"Invalid {name} value: {group[name]}")
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        if group["mix"] == "pre" and group["momentum"] == 1.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}, mix='pre' needs less than 1")
+
+    def check_gradients(self, group: dict[str, Any]) -> None:
+        super().check_gradients(group)
+        if group["alpha"] > 0:
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and has_memory(param, group) and "slow.memory" not in state:
+                    raise RuntimeError(
+                        f"alpha was 0 and is {group['alpha']} now, but a parameter of size {tuple(param.size())} has "
+                        "kept no slow memory: start with a positive alpha (alpha_warmup brings it in slowly)"
+                    )
+
+    def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = {"memory": torch.zeros_like(param)}
+        if group["alpha"] > 0:
+            state |= {"slow.memory": torch.zeros_like(param), "slow.answer": torch.zeros_like(param)}
+        if group["second_moment"] == "row":
+            split, m, _ = matrix_shape(param, group)
+            state["exp_avg_sq"] = torch.zeros(split, m, 1, dtype=param.dtype, device=param.device)
+        elif group["second_moment"] != "none":
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        if len(state) > 1:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        return state
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        slow = [param for param in params if "slow.memory" in self.state[param]]
+        for param in slow:
+            self._begin_chunk(param, group)
+        if slow:  # out of the stacks, in place: entry by entry, each rank writes its own shard
+            memories = [local(self.state[param]["slow.memory"]) for param in slow]
+            grads = [local(param.grad) for param in slow]  # type: ignore[arg-type]
+            share = (1 - group["slow_beta"]) / group["chunk_size"]
+            torch._foreach_add_(memories, grads, alpha=-share if group["maximize"] else share)
+        super()._step_group(group, params)
+
+    def _begin_chunk(self, param: Tensor, group: dict[str, Any]) -> None:
+        """At the first step of a chunk, keep what the slow memory answers, and let the memory fade."""
+        state, chunk_size = self.state[param], group["chunk_size"]  # the counter is of the steps before this one
+        if not (torch.compiler.is_compiling() or group["capturable"]) and state["step"].item() % chunk_size:
+            return
+        first = (state["step"] % chunk_size == 0).to(param.device)
+        slow = local(state["slow.memory"])
+        answer = slow
+        if group["mix"] == "post":
+            matrices = as_matrices(state["slow.memory"], param, matrix_shape(param, group))  # [split, m, n]
+            answer = local_of(orthogonalise(matrices, group).reshape(param.shape), param)
+        for old, new in ((local(state["slow.answer"]), answer), (slow, group["slow_beta"] * slow)):
+            old.copy_(torch.where(first, new, old))
+
+    def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        state["memory"] = (group["momentum"] * state["memory"]).add_(written)
+        return self.read(written, state["memory"], group)
+
+    def output(self, direction: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        mix = group["mix"] if "slow.answer" in state else None
+        if mix == "pre":
+            average = (1 - group["momentum"]) * direction  # of gradients, as the slow memory is
+            direction = average.lerp_(state["slow.answer"], self._slow_share(state["step"].to(average), group))
+        output = orthogonalise(direction, group)
+        if mix == "post":
+            output = output.lerp_(state["slow.answer"], self._slow_share(state["step"].to(output), group))
+        return output if group["second_moment"] == "none" else self._even_out(output, written, state, group)
+
+    def _slow_share(self, step: Tensor, group: dict[str, Any]) -> Tensor:  # [B, 1, 1] -> [B, 1, 1]
+        """Return a / (1 + a), the slow memory's share of the mix; none in the first chunk."""
+        a = group["alpha"] * ((step - group["chunk_size"]) / max(group["alpha_warmup"], 1)).clamp(0, 1)
+        return a / (1 + a)
+
+    def _even_out(self, output: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """Divide by the root of the second moment, and keep the Frobenius norm.
+
+        To bring the update to a fixed norm instead would blow up those that are small for a reason: gradients of low
+        rank, or memories that disagree.
+        """
+        beta2 = group["beta2"]
+        size = output.square().mean(-1, keepdim=True).sqrt() if group["second_moment"] == "row" else output
+        seen = written if group["second_moment"] == "gradient" else size  # [B, m, 1] or [B, m, n]
+        state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(seen, seen, value=1 - beta2)
+        second = state["exp_avg_sq"] / weight_seen(beta2, state["step"].to(output))
+        weight = 1 / (second.sqrt() + group["eps"]).clamp(min=torch.finfo(output.dtype).tiny)
+        return output.mul_(weight * (frobenius_norm(size) / frobenius_norm(weight * size)))
