@@ -12,6 +12,7 @@ BENCHMARKS = {
     "convergence": "loss at equal steps and at equal wall time, every optimizer tuned with the same budget",
     "toy": "paths of momentum and delta momentum on a two-dimensional valley (Eq. 53)",
     "dmgd": "what each part of DMGD is worth: one change at a time",
+    "m3": "what each part of M3 is worth: one change at a time, against tuned Muon",
     "memory": "what a DMGD memory knows about the gradients, over a training run",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 import deep_optim
 
+from . import m3_variants, variants
 from .tasks import Task
-from .variants import VARIANTS
 
+VARIANTS = variants.VARIANTS | m3_variants.VARIANTS
 AUX_BETAS = (0.9, 0.99)
 LR_STEPS = (1.0, 2.0, 4.0, 8.0)
 
@@ -94,6 +95,12 @@ def _soap(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int)
     return [SOAP(_plain(groups), lr=at.lr, betas=(0.95, at.second), precondition_frequency=10)]
 
 
+def _ademamix(groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int) -> list[Optimizer]:
+    from pytorch_optimizer import AdEMAMix
+
+    return [AdEMAMix(_plain(groups), lr=at.lr, betas=(0.9, 0.95, at.second), weight_decouple=True)]
+
+
 def _ours(
     groups: list[dict[str, Any]], at: Setting, aux_lr: float, warmup: int, *, name: str, **options: Any
 ) -> list[Optimizer]:
@@ -130,6 +137,7 @@ OPTIMIZERS = {
         scheduled=False, package="schedulefree",
     ),
     "soap": Entry("SOAP", _soap, _ADAPTIVE, "beta2", (0.9, 0.95, 0.99), package="pytorch_optimizer"),
+    "ademamix": Entry("AdEMAMix", _ademamix, _ADAPTIVE, "beta3", (0.99, 0.999, 0.9999), package="pytorch_optimizer"),
     "momentum": Entry(
         "Momentum (ours)", partial(_ours, name="Momentum"), _MATRIX, "momentum", (0.7, 0.8, 0.9)
     ),
@@ -151,6 +159,8 @@ OPTIMIZERS = {
     "dmgd_linear": Entry(
         "DMGD, its defaults (ours)", partial(_ours, name="DMGD"), _MATRIX, "momentum", (0.9, 0.95, 0.98)
     ),
+    # With chunks that are short beside these runs: one of the default size would be a sixth of a run.
+    "m3": Entry("M3 (ours)", partial(_ours, name="M3", **m3_variants.SHORT), _MATRIX, "momentum", (0.7, 0.8, 0.9)),
 }  # fmt: skip
 
 # The best points by task, for runs that do not search; docs/benchmarks.md has the searches.
@@ -167,9 +177,9 @@ TUNED = {
 
 
 def find(name: str) -> Entry:
-    """The entry of an optimizer, or of a variant for the ablation, which takes its setting from who asks."""
+    """The entry of an optimizer, or of a variant for an ablation, which takes its setting from who asks."""
     if name in VARIANTS:
-        return Entry(name.removeprefix("dmgd:"), partial(_variant, name=name), {}, "momentum", (0.9, 0.95, 0.98))
+        return Entry(name.partition(":")[2], partial(_variant, name=name), {}, "momentum", (0.9, 0.95, 0.98))
     return OPTIMIZERS[name]
 
 

@@ -30,8 +30,10 @@ COLORS = {
     "delta_identity": "#DDCC77",
     "dmgd": "#882255",
     "dmgd_linear": "#AA4499",
+    "ademamix": "#117733",
+    "m3": "#332288",
 }
-OURS = ("momentum", "preconditioned_momentum", "delta_momentum", "delta_identity", "dmgd", "dmgd_linear")
+OURS = [name for name, entry in OPTIMIZERS.items() if "(ours)" in entry.title]
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -235,7 +237,7 @@ def draw_kernels(document: Mapping[str, Any], path: Path) -> Path:
 
 def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
     """Every row's difference to the reference, seed by seed and in the mean, table by table."""
-    tables = document["tables"]
+    tables, family = document["tables"], f"{document['benchmark']}:"
     rows = [(table, name, row) for table, names in tables.items() for name, row in names.items() if row["mean"]]
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure, axis = plt.subplots(figsize=(8.2, 0.24 * len(rows) + 0.4 * len(tables) + 1.2))
@@ -245,7 +247,7 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
                 position += 1.4
                 axis.annotate(table, (0.0, position), xycoords=("axes fraction", "data"), weight="bold", va="center")
                 position += 1
-            reference = tables[table]["dmgd:reference"]["losses"]
+            reference = tables[table][document["reference"]]["losses"]
             each = [a - b for a, b in zip(row["losses"], reference, strict=True)]
             color = COLORS.get(name, "#000000")
             axis.plot(each, [position] * len(each), "o", color=color, alpha=0.35, markersize=4)
@@ -253,7 +255,7 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
                 axis.plot([limit], [position], ">", color=color, markersize=6, clip_on=False)
             axis.plot([row["difference"]], [position], "|", color=color, markersize=12, markeredgewidth=2)
             ticks.append(position)
-            labels.append(name.removeprefix("dmgd:").replace("_momentum", " momentum"))
+            labels.append(name.removeprefix(family).replace("_momentum", " momentum"))
             position += 1
         axis.axvline(0, color="#000000", linewidth=0.8)
         axis.set(yticks=ticks, yticklabels=labels, ylim=(position, 0), xlim=(-0.03, limit))

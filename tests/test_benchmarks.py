@@ -13,15 +13,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import toy
-from benchmarks.dmgd import compare
+from benchmarks import dmgd, m3, toy
+from benchmarks.ablation import compare
 from benchmarks.measure import paired_rounds, summarize
-from benchmarks.optimizers import OPTIMIZERS, TUNED, Setting, available, build, find
+from benchmarks.optimizers import OPTIMIZERS, TUNED, VARIANTS, Setting, available, build, find
 from benchmarks.report import edges, steps_to
 from benchmarks.tasks import corpus, make_task
 from benchmarks.tasks.regression import Regression
 from benchmarks.training import Trial, relative_rate, run_trial
-from benchmarks.variants import VARIANTS, Plain
+from benchmarks.variants import Plain
 
 TASK_NAMES = ("text", "vision-vit", "vision-resnet", "regression")
 
@@ -66,7 +66,7 @@ def test_every_optimizer_trains_and_is_built_with_the_same_rest(name):
     matrices = 0.0 if name == "sgd" else task.weight_decay
     for group in groups:
         assert all(group["weight_decay"] == (matrices if param.ndim > 1 else 0.0) for param in group["params"])
-    if name in ("muon", "momentum", "preconditioned_momentum", "delta_momentum"):
+    if name in ("muon", "momentum", "preconditioned_momentum", "delta_momentum", "m3"):
         outside = {id(model.head.weight), id(model.head.bias), id(model.position)}
         assert all(group["lr"] == task.aux_lr for group in groups if outside & {*map(id, group["params"])})
     result = run_trial(Trial("regression", (), name, OPTIMIZERS[name].lrs("regression")[1], 0.9, 0, 40, 20))
@@ -185,7 +185,7 @@ def test_toy_search_runs_the_package_rule():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_of_the_ablation_takes_steps(name):
+def test_every_variant_of_an_ablation_takes_steps(name):
     """On tall, wide and square matrices, the first gradient being zero, as where a branch starts at zero."""
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((12, 5), (5, 12), (6, 6))]
     groups = [{"params": [(str(i), param) for i, param in enumerate(params)], "rule": "memory", "weight_decay": 0.0}]
@@ -222,6 +222,31 @@ def test_ablation_compares_seed_by_seed():
     assert compare([1.0, 2.0], [1.0, 2.0])["z"] is None
 
 
+@pytest.mark.parametrize("ablation", [dmgd.ABLATION, m3.ABLATION], ids=lambda ablation: ablation.name)
+def test_every_row_of_an_ablation_has_an_entry_and_can_be_asked_for(ablation):
+    names = {name for table in ablation.tables.values() for name in table}
+    assert {name for name in VARIANTS if name.startswith(f"{ablation.name}:")} <= names | {ablation.reference}
+    assert all(find(name) for name in names) and not any("," in name for name in names)
+    with pytest.raises(SystemExit):
+        ablation.main(["--tables", "no_such"])
+
+
+def test_sums_never_fade():
+    """The variant that has Algorithm 1's memories: the fast one a sum, the slow one in proportion to it."""
+    param = torch.nn.Parameter(torch.zeros(4, 6))
+    (optimizer,) = find("m3:sums").build([{"params": [param], "rule": "memory"}], Setting(1e-2, 0.8), 1e-3, 1)
+    total = torch.zeros(4, 6)
+    for seed in range(30):
+        param.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        total += param.grad
+        optimizer.step()
+    state = optimizer.state[param]
+    torch.testing.assert_close(state["memory"], total)
+    torch.testing.assert_close(
+        state["slow.memory"] / state["slow.memory"].norm(), total / total.norm(), rtol=0, atol=1e-4
+    )
+
+
 def test_alphabets_are_tasks_in_sequence():
     """The same windows of the same text, in other bytes from the second part on; the last one is what counts."""
     plain, drifting = make_task("text"), make_task("text", alphabets=3)
@@ -233,10 +258,11 @@ def test_alphabets_are_tasks_in_sequence():
 
 
 ABLATION = ["--tables", "retention,drift", "--seeds", "1,2", "--workers", "1"]
+M3_ABLATION = ["--tables", "mix,drift", "--rows", "M3,mix=pre alpha=1.0", "--seeds", "1,2", "--workers", "1"]
 
 
-@pytest.mark.parametrize("name, options", [("dmgd", ABLATION), ("memory", ["--every", "1"])])
-def test_what_is_measured_on_dmgd_is_written_and_drawn(name, options, tmp_path):
+@pytest.mark.parametrize("name, options", [("dmgd", ABLATION), ("m3", M3_ABLATION), ("memory", ["--every", "1"])])
+def test_what_is_measured_is_written_and_drawn(name, options, tmp_path):
     output = tmp_path / "out.json"
     assert command.main([name, "--steps", "2", "--output", str(output), *options]) == 0
     document = json.loads(output.read_text())

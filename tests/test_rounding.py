@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from deep_optim import DMGD, DeltaMomentum, Momentum, PreconditionedMomentum
+from cases import Case, one_per_class
+from deep_optim import Momentum
 from problem import assert_same, copy_params, make_params, train
 
-CLASSES = list({case.cls for case in CASES if not case.control})
+CASES = [pytest.param(case, id=case.id) for case in one_per_class() if not case.control]
 
 
-def walk(cls, kahan_sum, dtype=torch.bfloat16, lr=2.0**-14, steps=64, shape=(6, 4), rule="memory"):
+def walk(case, kahan_sum, dtype=torch.bfloat16, lr=2.0**-14, steps=64, shape=(6, 4), rule="memory"):
     """Return how far a parameter of about 1 goes, in updates of a quarter of bfloat16's rounding."""
     param = torch.ones(shape, dtype=dtype, requires_grad=True)
-    optimizer = cls([{"params": [param], "rule": rule}], lr=lr, weight_decay=0.0, kahan_sum=kahan_sum)
+    optimizer = case.make([{"params": [param], "rule": rule}], lr=lr, weight_decay=0.0, kahan_sum=kahan_sum)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(shape, generator=generator, dtype=torch.float64)
     for _ in range(steps):
@@ -24,21 +25,21 @@ def walk(cls, kahan_sum, dtype=torch.bfloat16, lr=2.0**-14, steps=64, shape=(6, 
 
 
 @pytest.mark.parametrize("rule, shape", [("memory", (6, 4)), ("adamw", (6, 4)), ("memory", (5,))])
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_keeps_a_small_update_that_rounding_loses(cls, rule, shape, dtype):
+def test_keeps_a_small_update_that_rounding_loses(case, rule, shape, dtype):
     """Against the same walk in float64: rounded weights do not move at all, compensated ones as they should."""
     lr = 2.0**-14 if dtype == torch.bfloat16 else 2.0**-17
-    exact, _ = walk(cls, False, torch.float64, lr, rule=rule, shape=shape)
+    exact, _ = walk(case, False, torch.float64, lr, rule=rule, shape=shape)
     assert exact.abs().max() > 16 * lr / 4
-    lost, _ = walk(cls, False, dtype, lr, rule=rule, shape=shape)
+    lost, _ = walk(case, False, dtype, lr, rule=rule, shape=shape)
     assert (lost == 0).all()
-    kept, _ = walk(cls, True, dtype, lr, rule=rule, shape=shape)
+    kept, _ = walk(case, True, dtype, lr, rule=rule, shape=shape)
     torch.testing.assert_close(kept, exact, rtol=0.05, atol=lr)  # Newton-Schulz works in bfloat16 here
 
 
 def test_the_compensation_is_less_than_half_a_unit_of_the_weight():
-    _, optimizer = walk(Momentum, True)
+    _, optimizer = walk(Case("momentum", Momentum), True)
     (state,) = optimizer.state.values()
     assert state["compensation"].dtype == torch.bfloat16
     assert 0 < state["compensation"].abs().max() <= torch.finfo(torch.bfloat16).eps / 2
@@ -68,13 +69,13 @@ def test_one_step_differs_by_rounding_alone():
     assert all(map(torch.equal, after, train(Momentum(plain), plain, range(1))))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_run_continues_from_a_checkpoint_bit_for_bit(cls):
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_continues_from_a_checkpoint_bit_for_bit(case):
     params = make_params(dtype=torch.bfloat16)
-    optimizer = cls(params, lr=1e-3, kahan_sum=True)
+    optimizer = case.make(params, kahan_sum=True)
     train(optimizer, params, range(3))
     copies = copy_params(params)
-    resumed = cls(copies, kahan_sum=True)
+    resumed = case.make(copies, kahan_sum=True)
     resumed.load_state_dict(optimizer.state_dict())
     assert_same(train(resumed, copies, range(3, 7)), train(optimizer, params, range(3, 7)))
     assert_same(resumed.state_dict()["state"], optimizer.state_dict()["state"])
