@@ -1,16 +1,17 @@
-"""M3, multi-scale momentum Muon: a fast memory that every gradient rewrites, and a slow one that chunks of them do.
+"""M3, multi-scale momentum Muon: a fast memory written by every gradient, and a slow one written in chunks of C.
 
-    at the first of every C steps:   O₂ ← NS(M₂),   M₂ ← slow_beta · M₂
+    O₂  ← σ(M₂) or, under "pre", M₂;   M₂ ← slow_beta · M₂     at the first step of a chunk
+    M₂  ← M₂ + (1 − slow_beta) / C · G                         so that a chunk adds the mean of its gradients
     M   ← momentum · M + G
-    M₂  ← M₂ + (1 − slow_beta) / C · G                                after C steps: the average over chunk means
     D   = G + momentum · M   if nesterov, else M
-    O   = (NS(D) + a O₂) / (1 + a)                                    mix="post"
-    O   = NS((1 − momentum) · D + a M₂)   with M₂ as it was at O₂'s   mix="pre"
-    V   ← beta2 · V + (1 − beta2) · X²                                X = rows of O, O, or G
-    Ô   = s · O / (√V̂ + ε),   ‖Ô‖_F = ‖O‖_F
-    W   ← (1 − lr · weight_decay) · W − lr · 0.2 √max(m, n) · Ô
+    O   = (σ(D) + a O₂) / (1 + a)                              mix="post"
+    O   = σ((1 − momentum) · D + a O₂)                         mix="pre"
+    V   ← beta2 · V + (1 − beta2) · X²                         X: the RMS of O's rows, its entries, or those of G
+    Ô   = O / (√V̂ + ε), brought back to ‖O‖_F
+    W   ← (1 − lr · weight_decay) · W − lr · Ô
 
-a = 0 in the first chunk, before there is a slow memory, and rises to alpha over `alpha_warmup` steps after it.
+σ is 0.2 √max(m, n) times Newton-Schulz. a = 0 in the first chunk, when there is nothing slow to read, and rises to
+alpha over `alpha_warmup` steps after it.
 
 With alpha = 0 and without V it is `Momentum`, which is Muon: one memory, one time scale. With V of the rows alone it
 is NorMuon (arXiv:2510.05491) but for its fixed size of the update; "elementwise" is AdaMuon's (arXiv:2507.11005).
@@ -55,7 +56,7 @@ class M3(MemoryOptimizer):
         chunk_size: gradients between two updates of what is read from the slow memory. A parameter counts its own.
         slow_beta: how much of the slow memory survives a chunk; it remembers chunk_size / (1 − slow_beta) steps.
         mix: "post" adds the two orthogonalised memories. "pre" orthogonalises their sum: no second Newton-Schulz, and
-            a slow memory counts for less where its gradients disagreed, so that it takes a larger `alpha`.
+            a slow memory counts for less where its gradients disagreed.
         second_moment: what evens out the update. "row": the average size of its rows, over time; "elementwise": of its
             entries; "gradient": of the gradient's entries, the paper's, for which alone `eps` compares with the scale
             of the loss; "none". None of them changes the update's Frobenius norm.
