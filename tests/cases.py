@@ -14,9 +14,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deep_optim import DMGD, M3, DeltaMomentum, Momentum, PreconditionedMomentum
+from deep_optim import DGD, DMGD, M3, DeltaMomentum, InputDeltaMomentum, Momentum, PreconditionedMomentum
 from problem import make_params, train
 
+WIRES = ("params", "inputs")  # arguments that are no hyper-parameters: no group has them, no checkpoint keeps them
 LR = 2.0**-6  # exact in every dtype, so that a tensor can hold what a float holds
 
 
@@ -49,9 +50,9 @@ class Case:
         return [{**self.group, **each} for each in groups]
 
     def defaults(self) -> dict[str, Any]:
-        """Return what the constructor assumes for every keyword."""
+        """Return what the constructor assumes for every hyper-parameter: all but what is optimized, and its inputs."""
         signature = inspect.signature(self.cls).parameters.values()
-        return {parameter.name: parameter.default for parameter in signature if parameter.name != "params"}
+        return {parameter.name: parameter.default for parameter in signature if parameter.name not in WIRES}
 
 
 CASES = (
@@ -98,6 +99,13 @@ CASES = (
     Case("m3-gradient", M3, {"chunk_size": 3, "alpha_warmup": 0, "second_moment": "gradient", "mix": "pre"}),
     Case("m3-none", M3, {"chunk_size": 1, "alpha_warmup": 0, "second_moment": "none", "alpha": 0.5}),
     Case("m3-no-slow-memory", M3, {"chunk_size": 2, "alpha_warmup": 2, "alpha": 0.0}),
+    # without a model there are no layer inputs: test_input_delta_momentum.py and test_dgd.py have the models
+    Case("input-delta", InputDeltaMomentum, {"missing": "gradient"}),
+    Case("input-delta-identity", InputDeltaMomentum, {"missing": "gradient", "output": "identity", "inner_lr": 1.0}),
+    Case("input-delta-adam", InputDeltaMomentum, {"missing": "gradient", "output": "adam", "nesterov": False}),
+    Case("dgd", DGD, {"missing": "gradient"}),
+    Case("dgd-identity", DGD, {"missing": "gradient", "output": "identity", "nesterov": False}),
+    Case("dgd-adam", DGD, {"missing": "gradient", "output": "adam", "rho": 0.01}),
 )
 
 

@@ -98,7 +98,7 @@ def test_zero_grad_frees_or_zeroes(case: Case) -> None:
 
 
 # these choose how a step is made, not what it does
-HOW = {"foreach", "fused", "capturable", "differentiable", "nonfinite", "backend", "kahan_sum"}
+HOW = {"foreach", "fused", "capturable", "differentiable", "nonfinite", "backend", "kahan_sum", "missing"}
 
 
 def other_values(name: str, value: Any) -> set[Any]:

@@ -2,7 +2,7 @@
 
     written   = features(G)                       what the memory is written with
     direction = update(written, state)            write it, and read the memory
-    W ← (1 − lr · weight_decay) · W − lr · σ(direction)
+    W ← (1 − lr · weight_decay) · W − lr · (σ(direction) + pull(W))
 
 A group is stepped in stacks [B, m, n]: parameters of one shape are handed to `update` together, so that the equation
 is written once and a step has few launches. State is kept per parameter and never shows the stacking.
@@ -38,8 +38,8 @@ _CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporar
 class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     """Descend along what a memory of past gradients answers.
 
-    Subclasses define `init_state` and `update`, may define `features`, `output` and `check_group`, and never override
-    `step`.
+    Subclasses define `init_state` and `update`, may define `features`, `observed`, `output`, `pull` and `check_group`,
+    and never override `step`.
     Which parameters have a memory: all under `output="identity"`, else those with two dimensions or more, read as
     matrices [rows, rest]; the others, and groups with `rule="adamw"`, are stepped by torch's AdamW. A group with
     `split=s` has its matrices cut into s blocks of rows, each with a memory of its own (fused query, key and value).
@@ -102,6 +102,19 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         New values are assigned to the entries of `state`; arguments are not modified.
         """
         raise NotImplementedError
+
+    def observed(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what the other methods are to find in `state` for these parameters in this step, and never again."""
+        return {}
+
+    def pull(
+        self, params: list[Tensor], written: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> Tensor | None:
+        """Return what draws at the weights [B, m, n] past the output map, or None for nothing but `weight_decay`.
+
+        Like it, it is taken at the old weights (`matrices` stacks them), and is not turned around by `maximize`.
+        """
+        return None
 
     def read(self, written: Tensor, memory: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the memory, or under Nesterov the memory with the same write added once more."""
@@ -184,18 +197,19 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         for state in states:
             if "step" in state:
                 state["step"] += 1
-        grad = _stack([whole(param.grad).to(dtype).reshape(shape) for param in params])  # type: ignore[arg-type]
+        grad = matrices([param.grad for param in params], shape, dtype)  # type: ignore[misc]
         names = [name for name in states[0] if name not in self.per_parameter]
         before = {name: _stack([as_matrices(state[name], params[0], shape) for state in states]) for name in names}
-        stacked = dict(before)
+        stacked = before | self.observed(params, group)
 
         written = self.features(-grad if group["maximize"] else grad, stacked, group)
         direction = self.output(self.update(written, stacked, group), written, stacked, group)
+        pull = self.pull(params, written, stacked, group)
 
         for name in names:
             if stacked[name] is not before[name]:
                 _unstack([state[name] for state in states], stacked[name])
-        _descend(params, states, direction, group)
+        _descend(params, states, direction if pull is None else direction + pull, group)
 
 
 def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -215,6 +229,11 @@ def as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> T
     if tensor.ndim == 0 and param.ndim > 0:  # a counter, one for all blocks of the parameter
         return tensor.view(1, 1, 1).expand(shape[0], 1, 1)
     return whole(tensor).reshape(shape) if tensor.shape == param.shape else tensor
+
+
+def matrices(tensors: list[Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Return the stack [B, m, n] of whole tensors, each read as `shape`."""
+    return _stack([whole(tensor).to(dtype).reshape(shape) for tensor in tensors])
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
