@@ -12,17 +12,17 @@ Nested Learning, arXiv:2512.24695, Eq. 34 and 57, where the keys are layer input
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-_GOLDEN = 2654435769  # 2³² / φ: the multiples of 1/φ fill [0, 1) more evenly than any others
+from .layer_inputs import number_of_rows, reading, spread_places, unit_rows
 
 
 class InputKeys(NamedTuple):
@@ -96,7 +96,8 @@ class InputCapture:
         self._every, self._process_group = every, process_group
         self._seen = {module: _Sum() for module in modules}  # by module: a sharding wrapper exchanges its weight
         self._ready: dict[Tensor, _Sum] = {}  # by weight, summed over ranks
-        self._latest: tuple[Any, ...] | None = None
+        self._latest: tuple[Any, ...] | None = None  # the input seen last, and its rows
+        self._places: dict[Any, Tensor] = {}  # which rows are taken of so many
         self._handles = [module.register_forward_hook(self._observe, with_kwargs=True) for module in self._seen]
 
     def remove(self) -> None:
@@ -117,7 +118,7 @@ class InputCapture:
 
     def clear(self) -> None:
         """Forget the inputs seen since the last step, as `zero_grad` forgets gradients: for a step that is skipped."""
-        self._latest = None
+        self._forget()
         self._ready.clear()
         for module in self._seen:
             self._seen[module] = _Sum()
@@ -133,7 +134,7 @@ class InputCapture:
 
     def collect(self) -> None:
         """Make what has been seen ready for `keys`: summed over the uses of a tied weight, and over ranks."""
-        self._latest = None
+        self._forget()
         seen = self._over_ranks() if dist.is_available() and dist.is_initialized() else self._seen
         for module, inputs in seen.items():
             if not inputs.empty:
@@ -150,6 +151,11 @@ class InputCapture:
     def discard(self, weight: Tensor) -> None:
         """Forget what was collected for a weight, if anything was."""
         self._ready.pop(weight, None)
+
+    def _forget(self) -> None:
+        """Drop what only saves work within a step."""
+        self._latest = None
+        self._places.clear()
 
     def _over_ranks(self) -> "dict[Any, _Sum]":
         """Return the sums over all ranks of what each has seen; a layer that none has seen is left out."""
@@ -177,21 +183,25 @@ class InputCapture:
                 return
         else:  # a reentrant checkpoint's first pass has no gradients and is not seen
             inputs.seen_in_forward = True
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _full_precision(x.device.type):
             if compiling:  # equal products are merged by the compiler
-                inputs.add_gram(_gram(_unit_rows(_sampled(module, x.detach(), self._every))))
+                places = spread_places(number_of_rows(module, x), self._every, x.device)
+                inputs.add_gram(_gram(unit_rows(module, x.detach(), places)))
             else:
                 inputs.add(self._rows(module, x))
 
-    def _rows(self, module: nn.Module, x: Tensor) -> "_Rows":
+    def _rows(self, module: Any, x: Tensor) -> "_Rows":
         """The rows of an input, the same object for layers that are called with it in a row."""
-        reading = None if isinstance(module, nn.Linear) else _reading(module)
+        how = reading(module)
         if self._latest is not None:
-            latest, version, how, rows = self._latest
-            if latest() is x and version == x._version and how == reading:
+            latest, version, alike, rows = self._latest
+            if latest() is x and version == x._version and how == alike:
                 return rows
-        rows = _Rows(_unit_rows(_sampled(module, x.detach(), self._every)))
-        self._latest = ref(x), x._version, reading, rows
+        asked = number_of_rows(module, x), x.device
+        if asked not in self._places:
+            self._places[asked] = spread_places(asked[0], self._every, asked[1])
+        rows = _Rows(unit_rows(module, x.detach(), self._places[asked]))
+        self._latest = ref(x), x._version, how, rows
         return rows
 
 
@@ -265,6 +275,11 @@ class _Sum:
         return self._keys
 
 
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on: entering its context costs as much as a small Gram."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
     """The tensors among parameters, named parameters, or groups of them; of AdamW's groups none."""
     for each in params:
@@ -273,53 +288,6 @@ def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
                 yield from _flatten([each["params"]] if isinstance(each["params"], Tensor) else each["params"])
         else:
             yield each[1] if isinstance(each, tuple) else each
-
-
-def _reading(conv: Any) -> tuple[Any, ...]:
-    """What a convolution reads of its input: all that its patches depend on."""
-    padding = tuple(conv._reversed_padding_repeated_twice), conv.padding_mode
-    return conv.kernel_size, conv.stride, conv.dilation, conv.groups, *padding
-
-
-def _sampled(module: Any, x: Tensor, every: int) -> Tensor:  # -> [G, N, n], at least float32
-    """Return one in `every` of the vectors that the weight's rows are multiplied with."""
-    if isinstance(module, nn.Linear):
-        tokens = x.reshape(-1, x.shape[-1])
-        rows = tokens.index_select(0, _places(len(tokens), every, x.device))[None]
-    else:
-        patches = _patches(module, x)  # [B, *O, C, *kernel], a view
-        leading = patches.shape[: len(module.kernel_size) + 1]
-        places = torch.unravel_index(_places(leading.numel(), every, x.device), leading)
-        chosen = patches[places]  # [N, C, *kernel]
-        rows = chosen.reshape(len(chosen), module.groups, math.prod(module.weight.shape[1:])).transpose(0, 1)
-    return rows.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _patches(conv: Any, x: Tensor) -> Tensor:
-    """Return every patch that the kernel is laid over, without a copy."""
-    spatial = len(conv.kernel_size)
-    x = x if x.ndim > spatial + 1 else x[None]  # [B, C, *S]
-    if any(conv._reversed_padding_repeated_twice):
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    for dim, (size, step, gap) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2):
-        x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap]
-    return x.movedim(1, spatial + 1)
-
-
-def _places(tokens: int, every: int, device: torch.device) -> Tensor:
-    """Return one index in each run of `every`, at another place in each, so that no position is preferred."""
-    run = torch.arange(-(-tokens // every), device=device)
-    place = (run * _GOLDEN % 2**32) * every >> 32  # every · frac(run / φ)
-    return (run * every + place).clamp(max=tokens - 1)
-
-
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Return each row at length 1; zero for a row that is zero, or that holds a NaN or an infinity."""
-    if rows.numel() == 0:
-        return rows
-    rows = rows / rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)  # no square overflows
-    return (rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1)).nan_to_num(nan=0.0)
 
 
 def _gram(rows: Tensor) -> Tensor:  # [G, N, n] -> [G, n, n]

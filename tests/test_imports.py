@@ -16,7 +16,8 @@ ALLOWED = {
     "deep_optim.optimizers": ("torch", "deep_optim.ops", "deep_optim.capture"),
     "deep_optim.models": ("torch", "deep_optim.ops"),
     "deep_optim.routing": ("torch",),
-    "deep_optim.capture": ("torch",),
+    "deep_optim.capture": ("torch", "deep_optim.layer_inputs"),
+    "deep_optim.layer_inputs": ("torch",),
     "deep_optim.integrations": (
         "torch",
         "deep_optim.ops",
