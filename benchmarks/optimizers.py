@@ -47,6 +47,7 @@ class Entry:
         seconds: its three values.
         scheduled: False where the optimizer replaces the learning-rate schedule by its own.
         package: what must be installed beyond torch.
+        inputs: True where the optimizer looks at the layers' inputs.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Entry:
     seconds: tuple[float, float, float]
     scheduled: bool = True
     package: str | None = None
+    inputs: bool = False
 
     def lrs(self, task: str) -> list[float]:
         """The learning rates searched on `task`."""
@@ -161,6 +163,11 @@ OPTIMIZERS = {
     ),
     # With chunks that are short beside these runs: one of the default size would be a sixth of a run.
     "m3": Entry("M3 (ours)", partial(_ours, name="M3", **m3_variants.SHORT), _MATRIX, "momentum", (0.7, 0.8, 0.9)),
+    "input_delta": Entry(
+        "InputDeltaMomentum (ours)", partial(_ours, name="InputDeltaMomentum"), _MATRIX, "momentum", (0.8, 0.9, 0.95),
+        inputs=True,
+    ),
+    "dgd": Entry("DGD (ours)", partial(_ours, name="DGD"), _MATRIX, "momentum", (0.7, 0.8, 0.9), inputs=True),
 }  # fmt: skip
 
 # The best points by task, for runs that do not search; docs/benchmarks.md has the searches.
@@ -192,4 +199,9 @@ def build(name: str, task: Task, model: nn.Module, setting: Setting, *, warmup: 
     """The torch optimizers that together train `model` as the table's entry `name` says."""
     # Fused projections stay whole: torch.optim.Muon cannot split them, so ours do not either.
     groups = deep_optim.param_groups(model, weight_decay=task.weight_decay, memory=task.memory)
-    return find(name).build(groups, setting, task.aux_lr, warmup)
+    entry = find(name)
+    optimizers = entry.build(groups, setting, task.aux_lr, warmup)
+    if entry.inputs:
+        for optimizer in optimizers:
+            optimizer.inputs = deep_optim.capture_inputs(model, groups)
+    return optimizers

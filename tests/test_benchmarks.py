@@ -66,11 +66,19 @@ def test_every_optimizer_trains_and_is_built_with_the_same_rest(name):
     matrices = 0.0 if name == "sgd" else task.weight_decay
     for group in groups:
         assert all(group["weight_decay"] == (matrices if param.ndim > 1 else 0.0) for param in group["params"])
-    if name in ("muon", "momentum", "preconditioned_momentum", "delta_momentum", "m3"):
+    if name not in ("adamw", "sgd", "schedule_free_adamw", "soap", "ademamix"):
         outside = {id(model.head.weight), id(model.head.bias), id(model.position)}
         assert all(group["lr"] == task.aux_lr for group in groups if outside & {*map(id, group["params"])})
     result = run_trial(Trial("regression", (), name, OPTIMIZERS[name].lrs("regression")[1], 0.9, 0, 40, 20))
     assert result["curve"][-1][1] < result["curve"][0][1]
+
+
+@pytest.mark.parametrize("name", ["input_delta", "dgd"])
+@pytest.mark.parametrize("model", ["vit", "resnet"])
+def test_optimizers_that_look_at_inputs_see_those_of_every_matrix(name, model):
+    """Built without them, they would refuse their first step."""
+    result = run_trial(Trial("vision", (("model", model),), name, 1e-3, 0.9, 0, 3, 3))
+    assert not result["diverged"] and result["loss"] > 0
 
 
 def test_our_momentum_trains_like_torchs_muon():
