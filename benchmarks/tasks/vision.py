@@ -34,16 +34,15 @@ class ViT(nn.Module):
         return self.head(self.norm(tokens).mean(1))
 
 
-class FlatConv(nn.Module):
+class FlatConv(nn.Conv2d):
     """A 3x3 convolution whose weight is the matrix [out, 9 in]: torch.optim.Muon takes no other shape."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.inputs, self.stride = inputs, stride
+        super().__init__(inputs, outputs, 3, stride, padding=1, bias=False, device="meta")
         self.weight = nn.Parameter(torch.randn(outputs, 9 * inputs) * (2 / (9 * inputs)) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        return F.conv2d(x, self.weight.view(-1, self.inputs, 3, 3), stride=self.stride, padding=1)
+        return self._conv_forward(x, self.weight.view(-1, self.in_channels, 3, 3), None)
 
 
 class Residual(nn.Module):
