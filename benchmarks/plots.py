@@ -31,6 +31,8 @@ COLORS = {
     "dmgd": "#882255",
     "dmgd_linear": "#AA4499",
     "ademamix": "#117733",
+    "input_delta": "#44AA99",
+    "dgd": "#661100",
     "m3": "#332288",
 }
 OURS = [name for name, entry in OPTIMIZERS.items() if "(ours)" in entry.title]

@@ -54,8 +54,8 @@ def capture_inputs(
         model: bare or wrapped (DDP, FSDP2). The weights of `nn.Linear` and `nn.Conv1d` to `nn.Conv3d` are watched, not
             those that are used without a call of their module, as in `nn.MultiheadAttention`.
         params: the parameters or parameter groups to watch, without groups of `rule="adamw"`; by default all.
-        every: take one token of so many, at fixed places that do not line up with sequences. 8, because a Gram of an
-            eighth of a batch is close to that of the whole, for a cost that is hard to measure.
+        every: take one token of so many, at fixed places that do not line up with sequences. The Gram is a mean over
+            tokens, so that its error falls with the root of their number and its cost with the number: 8.
         process_group: the ranks that see other data, whose Grams are summed at the step; by default all ranks, if
             `torch.distributed` is initialised. Each step reduces n² numbers per layer.
 
