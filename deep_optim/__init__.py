@@ -7,6 +7,7 @@ from .optimizers.dmgd import DMGD
 from .optimizers.input_delta_momentum import InputDeltaMomentum
 from .optimizers.m3 import M3
 from .optimizers.momentum import Momentum
+from .optimizers.multi_frequency import MultiFrequency
 from .optimizers.preconditioned_momentum import PreconditionedMomentum
 from .routing import param_groups
 
@@ -17,6 +18,7 @@ __all__ = [
     "DeltaMomentum",
     "InputDeltaMomentum",
     "Momentum",
+    "MultiFrequency",
     "PreconditionedMomentum",
     "capture_inputs",
     "param_groups",

@@ -4,8 +4,9 @@ A new optimizer, or a new option of an old one, is one more line. AdamW stands i
 that it keeps is fair to ask, and a promise that it breaks (`beyond_torch`) is an expected failure that must stay one.
 """
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,16 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deep_optim import DGD, DMGD, M3, DeltaMomentum, InputDeltaMomentum, Momentum, PreconditionedMomentum
+from deep_optim import (
+    DGD,
+    DMGD,
+    M3,
+    DeltaMomentum,
+    InputDeltaMomentum,
+    Momentum,
+    MultiFrequency,
+    PreconditionedMomentum,
+)
 from problem import make_params, train
 
 WIRES = ("params", "inputs")  # arguments that are no hyper-parameters: no group has them, no checkpoint keeps them
@@ -54,6 +64,28 @@ class Case:
         signature = inspect.signature(self.cls).parameters.values()
         return {parameter.name: parameter.default for parameter in signature if parameter.name not in WIRES}
 
+
+class MomentumInChunks(MultiFrequency):
+    """Momentum under MultiFrequency, built like Momentum, and given every gradient as often as its period says.
+
+    The mean of two equal numbers is that number, so that it owes, bit for bit, whatever Momentum owes.
+    """
+
+    @functools.wraps(Momentum.__init__)
+    def __init__(self, params: ParamsT, **kwargs: Any) -> None:
+        super().__init__(Momentum(params, **kwargs))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Step until the chunk is full. The step of the base class without its hooks, which are this step's."""
+        step = inspect.unwrap(MultiFrequency.step)
+        loss = step(self, closure)
+        while any(group["chunk_step"] for group in self.param_groups):
+            step(self)
+        return loss
+
+
+MomentumInChunks.__name__ = "Momentum"  # in whose name it refuses what Momentum refuses
 
 CASES = (
     Case("adamw", torch.optim.AdamW, control=True),
@@ -106,6 +138,8 @@ CASES = (
     Case("dgd", DGD, {"missing": "gradient"}),
     Case("dgd-identity", DGD, {"missing": "gradient", "output": "identity", "nesterov": False}),
     Case("dgd-adam", DGD, {"missing": "gradient", "output": "adam", "rho": 0.01}),
+    Case("multi-frequency", MomentumInChunks, group={"period": 2}),
+    Case("multi-frequency-adam", MomentumInChunks, {"output": "adam"}, group={"period": 2}),
 )
 
 
