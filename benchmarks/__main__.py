@@ -14,6 +14,7 @@ BENCHMARKS = {
     "dmgd": "what each part of DMGD is worth: one change at a time",
     "m3": "what each part of M3 is worth: one change at a time, against tuned Muon",
     "memory": "what a DMGD memory knows about the gradients, over a training run",
+    "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
 }

@@ -40,6 +40,9 @@ class Trial:
     def from_json(cls, values: dict[str, Any]) -> "Trial":
         return cls(**values | {"options": tuple(values["options"].items())})
 
+    def run(self) -> dict[str, Any]:
+        return run_trial(self)
+
 
 # One task per process: reading a corpus costs more than a step, and the trials of a run share it.
 cached_task = cache(lambda name, options: make_task(name, **dict(options)))
@@ -73,7 +76,7 @@ def train_step(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimize
     """Forward, backward and step; the training loss."""
     model.train()
     for optimizer in optimizers:
-        _mode(optimizer, "train")
+        set_mode(optimizer, "train")
     loss = task.loss(model, batch)
     model.zero_grad()
     loss.backward()
@@ -97,11 +100,11 @@ def scale_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
 def _evaluate(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     model.eval()
     for optimizer in optimizers:
-        _mode(optimizer, "eval")
+        set_mode(optimizer, "eval")
     return task.evaluate(model)
 
 
-def _mode(optimizer: Optimizer, mode: str) -> None:
+def set_mode(optimizer: Optimizer, mode: str) -> None:
     """Schedule-free optimizers keep two sets of weights and must be told which one to show."""
     if hasattr(optimizer, mode):
         getattr(optimizer, mode)()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .training import Trial, run_trial
+from .training import Trial
 
 Result = dict[str, Any]
 
@@ -21,14 +21,14 @@ Result = dict[str, Any]
 class Results:
     """A benchmark's JSON file; `document` is everything in it but the trials."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, kind: type[Any] = Trial) -> None:
         self.path = path
         self.document: dict[str, Any] = {}
-        self.trials: dict[Trial, Result] = {}
+        self.trials: dict[Any, Result] = {}
         if resume and path.exists():
             self.document = json.loads(path.read_text())
             for record in self.document.pop("trials", []):
-                self.trials[Trial.from_json(record["trial"])] = record["result"]
+                self.trials[kind.from_json(record["trial"])] = record["result"]
 
     def save(self) -> None:
         """Write beside the file, then move over it: an interruption leaves the old file or the new one."""
@@ -98,7 +98,7 @@ def _finished(trials: list[Trial], workers: int) -> Iterator[tuple[Trial, Result
 
 
 def _run(trial: Trial) -> tuple[Trial, Result]:
-    return trial, run_trial(trial)
+    return trial, trial.run()
 
 
 def _start_worker() -> None:

@@ -118,20 +118,22 @@ def test_the_mean_is_of_the_gradients_there_were() -> None:
     assert_same(fast.detach(), torch.full_like(fast, -4.0))
 
 
-def test_a_chunk_without_gradients_is_no_step() -> None:
-    """No decay, no state, no move; and the next chunk begins on time."""
+@pytest.mark.parametrize("learnt", [0, 2])
+def test_a_chunk_without_gradients_is_no_step(learnt: int) -> None:
+    """No decay, no state, no move, before the first gradient or after some; and the next chunk begins on time."""
     params = make_params([(3,), (4,)])
     optimizer = MultiFrequency(AdamW(two_groups(params), lr=LR, weight_decay=0.5), [1, 2])
-    before = snapshot(params)
-    for _ in range(2):
-        set_grads(params[:1], 0)
-        optimizer.step()
-    assert_same(params[1].detach(), before[1])
-    assert set(optimizer.state) == {params[0]} and optimizer.param_groups[1]["chunk_step"] == 0
+    train(optimizer, params, range(learnt))
+    before, state = snapshot(params), deepcopy(optimizer.state_dict()["state"].get(1))
     for step in range(2):
         set_grads(params, step)
+        params[1].grad = None
         optimizer.step()
-    assert optimizer.state[params[1]]["step"] == 1 and not torch.equal(params[1].detach(), before[1])
+    assert_same(params[1].detach(), before[1])
+    assert_same(optimizer.state_dict()["state"].get(1), state)
+    assert optimizer.param_groups[1]["chunk_step"] == 0
+    train(optimizer, params, range(2))
+    assert optimizer.state[params[1]]["step"] == 1 + learnt // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -432,8 +434,9 @@ def test_an_unknown_reduction_is_refused() -> None:
 
 def test_the_reduction_may_differ_between_groups() -> None:
     """It is a key of groups like any other."""
-    optimizer, params = sgd([2, 2])
-    optimizer.param_groups[1]["reduction"] = "sum"
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "reduction": "sum"}]
+    optimizer = MultiFrequency(SGD(groups, lr=1.0), [2, 2])
     for value in (1.0, 3.0):
         for param in params:
             give(param, value)
@@ -451,6 +454,49 @@ def test_a_group_that_came_in_past_it_is_refused_at_the_next_step() -> None:
             train(optimizer, params, [0])
         optimizer, params = sgd([1, 2])
         optimizer.optimizer.load_state_dict(plain)
+
+
+def test_a_rate_of_zero_is_no_reason_to_step() -> None:
+    """Only the empty step that makes state is no part of a chunk: no gradient, no rate, and no state before it."""
+    optimizer, (fast, slow) = sgd([1, 3], reduction="sum")
+    for step, (lr, value) in enumerate(((0.0, 1.0), (0.0, 0.0), (1.0, 4.0))):  # a warm-up from nothing
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        give(fast, value)
+        give(slow, value)
+        optimizer.step()
+        assert optimizer.param_groups[1]["chunk_step"] == (step + 1) % 3
+    assert_same([fast.detach(), slow.detach()], [torch.full_like(fast, -4.0), torch.full_like(slow, -5.0)])
+
+
+def test_gradients_that_carry_a_graph_leave_it_behind() -> None:
+    """As after backward(create_graph=True): a chunk would hold on to every graph in it."""
+    optimizer, (fast, slow) = sgd([1, 3])
+    for _ in range(4):
+        for param in (fast, slow):
+            param.grad = (param.square() + 1.0) * 1.0
+            assert param.grad.requires_grad
+        optimizer.step()
+        assert not optimizer.state[slow]["chunk_sum"].requires_grad
+    assert slow.is_leaf and optimizer.state[slow]["chunk_count"] == 1
+
+
+def test_saving_leaves_no_hook_behind() -> None:
+    """A hook that is put first after a save still has its say in the next."""
+    optimizer, _ = sgd([1, 3])
+    optimizer.state_dict()
+    optimizer.register_state_dict_post_hook(lambda o, saved: {**saved, "epoch": 4}, prepend=True)
+    assert optimizer.state_dict()["epoch"] == 4
+
+
+def test_a_load_hook_may_write_into_the_dict_it_is_given() -> None:
+    """It is a shallow copy, as with any torch optimizer."""
+    optimizer, params = sgd([1, 3])
+    train(optimizer, params, [0])
+    saved = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda o, given: given.update(state={}))
+    optimizer.load_state_dict(saved)
+    assert saved["state"] and not optimizer.state
 
 
 def test_hooks_of_both_run_around_saving_and_loading() -> None:
@@ -607,15 +653,17 @@ def test_compiled_with_one_graph_for_each_set_of_groups_that_are_due(make: Make)
             group["lr"] = torch.tensor(LR)
     counter = CompileCounterWithBackend("eager")
     step = torch.compile(lambda: optimizer.step(), backend=counter)
-    graphs = []
+    graphs, frames = [], []
     for index in range(10):
         set_grads(params, index)
         step()
         train(eager, copies, [index])
         graphs.append(counter.frame_count)
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])  # compiled or tried
         # under torch.compile bias corrections are computed in float32
         torch.testing.assert_close(snapshot(params), snapshot(copies), rtol=1.3e-6, atol=1e-5)
     assert graphs[0] == 1 and graphs[-1] == graphs[4] <= 3
+    assert frames[-1] == frames[4]
     torch._dynamo.reset()
 
 

@@ -94,7 +94,7 @@ class Vision:
             train, labels, held_out, held_out_labels = read_fashion()
             held_out, held_out_labels = held_out[:VALIDATION_IMAGES], held_out_labels[:VALIDATION_IMAGES]
         else:
-            train, labels, held_out, held_out_labels = _digits()
+            train, labels, held_out, held_out_labels = read_digits()
         mean, deviation = train.float().mean(), train.float().std()
         self.train = (train, labels.long())
         self.normalize = lambda pixels: (pixels.float() - mean) / deviation
@@ -131,7 +131,7 @@ class Vision:
         }
 
 
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def read_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A fifth is held out, drawn once."""
     from sklearn.datasets import load_digits
 

@@ -1,0 +1,159 @@
+"""What is left of earlier tasks, against how well each was learnt: a frontier over learning rates for every optimizer.
+
+1. A sequence of tasks (`--task`): orthogonal quadratics, permuted or split images, domains of text.
+2. Every arm, over a grid of learning rates, with its state carried from task to task, and again with fresh state.
+3. Forgetting is compared at equal plasticity: against AdamW, and for slow groups against a lower learning rate.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .continual import ARMS, PERIOD, Course, available, cached_sequence
+from .frontier import MODES, draw_forgetting, summarize
+from .measure import command, machine, versions
+from .tasks.sequences import SEQUENCES
+from .trials import Meter, Results, run_trials
+
+RESULTS = Path(__file__).parent / "results"
+FULL = (
+    "adamw,muon,delta_momentum,dmgd,ademamix,multi_frequency,low_rate,"
+    "multi_frequency_momentum,low_rate_momentum,ewc,replay"
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        task="permuted", images="digits", tasks=3, steps=100, seeds=[1],
+        optimizers="adamw,muon,multi_frequency,low_rate,ewc,replay",
+    ),
+    "full": dict(optimizers=FULL),
+}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    torch.set_num_threads(1)
+    results = Results(args.output, resume=args.resume or args.plot_only, kind=Course)
+    if not args.plot_only:
+        try:
+            run(args, results, console)
+        except KeyboardInterrupt:
+            done = len(results.trials)
+            console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
+            return 130
+        results.document["command"] = command("forgetting", arguments)
+        results.save()
+    plot = draw_forgetting(results.document, results.path.with_suffix(".png"))
+    for mode, arms in results.document["summary"].items():
+        console.print(_table(results.document["config"], mode, arms))
+    console.print(_legend(results.document["config"]), highlight=False)
+    console.print(f"numbers: {results.path}\nplot:    {plot}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Command line over preset over the sequence's own defaults."""
+    parser = argparse.ArgumentParser("python -m benchmarks forgetting", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="demo: under a minute; full: the published arms, half an hour"
+    )
+    parser.add_argument("--task", choices=SEQUENCES, default="permuted")
+    parser.add_argument("--images", choices=["fashion", "digits"], help="permuted, split: what to look at")
+    parser.add_argument("--domains", help="text: corpora or files, comma-separated, in order")
+    parser.add_argument("--tasks", type=int, help="how many; default: the sequence's")
+    parser.add_argument("--steps", type=int, help="of each task; default: the sequence's")
+    parser.add_argument("--lrs", type=int, help="how many learning rates of each, lowest first; default: 4")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--state", choices=MODES, help="only with the optimizer's state carried over, or only reset")
+    parser.add_argument("--optimizers", help=f"comma-separated; default: all installed of {', '.join(ARMS)}")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each")
+    parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
+    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
+    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    preset = parser.parse_known_args(arguments)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args = parser.parse_args(arguments)
+    wanted = args.optimizers.split(",") if args.optimizers else list(ARMS)
+    if unknown := [name for name in wanted if name not in ARMS]:
+        parser.error(f"no optimizer named {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    installed = available()
+    args.optimizers = [name for name in ARMS if name in wanted and name in installed]  # the table's order
+    keys = {
+        "orthogonal": ("tasks",),
+        "permuted": ("images", "tasks"),
+        "split": ("images", "tasks"),
+        "text": ("domains",),
+    }
+    args.options = {key: getattr(args, key) for key in keys[args.task] if getattr(args, key)}
+    if not args.output:
+        words = ["forgetting", *(["demo"] if preset == "demo" else []), args.task]
+        args.output = RESULTS / f"{'-'.join(words)}.json"
+    return args
+
+
+def run(args: argparse.Namespace, results: Results, console: Console) -> None:
+    """Fill `results`."""
+    options = tuple(sorted(args.options.items()))
+    sequence = cached_sequence(args.task, options)
+    steps = args.steps or sequence.steps
+    rates = {
+        name: [ARMS[name].lowest_lr[sequence.unit] * factor for factor in sequence.factors[: args.lrs]]
+        for name in args.optimizers
+    }
+    modes = [args.state] if args.state else list(MODES)
+    results.document |= {
+        "benchmark": "forgetting",
+        "config": {
+            "task": args.task, "metric": sequence.metric, "higher_is_better": sequence.higher_is_better,
+            "log_axes": args.task == "orthogonal", **sequence.describe(), "steps_per_task": steps,
+            "seeds": args.seeds, "period": PERIOD, "lrs": rates,
+        },
+        "machine": machine(), "versions": versions(),
+    }  # fmt: skip
+    console.print(f"{args.task}: {sequence.tasks} tasks of {steps} steps; {', '.join(args.optimizers)}")
+    courses = [
+        Course(args.task, options, name, lr, seed, sequence.tasks, steps, MODES[mode])
+        for seed in args.seeds
+        for mode in modes
+        for name in args.optimizers
+        for lr in rates[name]
+    ]
+    with Meter(sum(course.steps for course in courses)) as meter:
+        run_trials("learn", courses, results, meter, args.workers)
+    chosen = {course: results.trials[course] for course in courses}
+    results.document["summary"] = summarize(chosen, sequence.higher_is_better)
+    results.document["core_minutes"] = sum(each.get("cpu_seconds", 0.0) for each in chosen.values()) / 60
+
+
+def _table(config: dict[str, Any], mode: str, arms: dict[str, Any]) -> Table:
+    table = Table(title=f"{config['task']}, optimizer state {mode}: {config['metric']}", title_justify="left")
+    for heading in ("optimizer", "best lr", "right after", "at the end", "forgetting", "transfer", "saved to AdamW"):
+        table.add_column(heading, justify="left" if heading == "optimizer" else "right", no_wrap=True)
+    table.add_column("saved to a low rate", justify="right", no_wrap=True)
+    for name, row in arms.items():
+        at = next((rate for rate in row["rates"] if rate["lr"] == row["best"]), None)
+        if at is None:
+            table.add_row(ARMS[name].title, "diverged")
+            continue
+        numbers = [_pm(at[key]) for key in ("right_after", "final", "forgetting", "backward_transfer")]
+        compared = [_pm(row.get(f"saved_{key}")) for key in ("adamw", "against")]
+        table.add_row(ARMS[name].title, f"{row['best']:.2g}", *numbers, *compared)
+    return table
+
+
+def _pm(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.3g} ± {value['sd']:.1g}"
+
+
+def _legend(config: dict[str, Any]) -> str:
+    return (
+        f"mean ± standard deviation over seeds {config['seeds']}, at the rate with the best end. Saved: how much less\n"
+        "is forgotten than by the other at equal plasticity, over the rates whose plasticity the other reaches too;\n"
+        "below 0 it is more. A low rate: period 1, and a rate of the slow group that is as much lower."
+    )
