@@ -204,4 +204,7 @@ def build(name: str, task: Task, model: nn.Module, setting: Setting, *, warmup: 
     if entry.inputs:
         for optimizer in optimizers:
             optimizer.inputs = deep_optim.capture_inputs(model, groups)
+    for optimizer in optimizers:
+        if hasattr(optimizer, "watch"):  # a variant that looks at layers in its own way
+            optimizer.watch(model)
     return optimizers

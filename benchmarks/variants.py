@@ -157,6 +157,62 @@ class Coordinates(deep_optim.Momentum):
         return read_mlp_memory(memory, keys()).reshape(written.shape)
 
 
+class InputsToErrors(deep_optim.Momentum):
+    """An MLP from a layer's inputs to the gradients of its outputs (Eq. 37's keys and values), beside a linear map.
+
+    [M | W₁] ← momentum · [M | W₁] − 0.5 · [M | W₁] E φφᵀ + [G | E δ h(x̂)ᵀ],   φ = [x̂, h(x̂)] at mean length 1
+
+    over every eighth token, with a random hidden layer; only M is read. Without hidden features it is
+    `InputDeltaMomentum`.
+    """
+
+    hidden_dim = 64
+    every = 8
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Keep each linear layer's inputs, and the gradients of its outputs, for the step."""
+        self.seen: dict[Tensor, list[Tensor]] = {}
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(self._inputs)
+                module.register_full_backward_hook(self._errors)
+
+    def _inputs(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.training:
+            self.seen[module.weight] = [inputs[0].detach().flatten(0, -2)[:: self.every]]
+
+    def _errors(self, module: Any, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
+        self.seen[module.weight].append(grad_output[0].flatten(0, -2)[:: self.every])
+
+    def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = super().init_state(param, group)
+        w2 = torch.randn(1, self.hidden_dim, param.shape[1], generator=torch.Generator().manual_seed(0))
+        return state | {"w1": torch.zeros(1, len(param), self.hidden_dim), "w2": w2}
+
+    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for param in params:  # each has its own tokens
+            self.tokens = self.seen.pop(param)
+            super()._step_stack(group, [param])
+
+    def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        x, error = self.tokens  # [N, n], [N, m]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+        hidden = sigmoid(x / length @ state["w2"][0].T) / max(self.hidden_dim, 1) ** 0.5  # of length about 0.7
+        features = torch.cat([x / length, hidden], -1)
+        features = features / features.square().sum(-1).mean().sqrt()  # so that no eigenvalue exceeds 1
+        both = torch.cat([state["memory"][0], state["w1"][0]], -1)  # [m, n + h]
+        write = torch.cat([written[0], self.every * error.T @ (length * hidden)], -1)
+        both = group["momentum"] * both - 0.5 * (both @ features.T) @ features / len(features) + write
+        state["memory"], state["w1"] = (part[None] for part in both.split([x.shape[-1], self.hidden_dim], -1))
+        return written + group["momentum"] * state["memory"]
+
+
+class InputsToErrorsLinear(InputsToErrors):
+    """Its control, without hidden features."""
+
+    hidden_dim = 0
+
+
 def _keys(name: str) -> type[deep_optim.DMGD]:
     class Keys(deep_optim.DMGD):
         def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
@@ -177,6 +233,8 @@ TABLES: dict[str, dict[str, Variant]] = {
         "Jacobian read-out": (JacobianReadOut, {}),
         "closed-form inner step": (ClosedForm, {}),
         "coordinate-wise MLP": (Coordinates, {}),
+        "inputs to errors, MLP": (InputsToErrors, {}),
+        "inputs to errors, linear": (InputsToErrorsLinear, {}),
     },
     "target": {
         "dot product": (deep_optim.DMGD, {"inner_lr": 0.0}),

@@ -20,8 +20,8 @@ from benchmarks.optimizers import OPTIMIZERS, TUNED, VARIANTS, Setting, availabl
 from benchmarks.report import edges, steps_to
 from benchmarks.tasks import corpus, make_task
 from benchmarks.tasks.regression import Regression
-from benchmarks.training import Trial, relative_rate, run_trial
-from benchmarks.variants import Plain
+from benchmarks.training import Trial, relative_rate, run_trial, train_step
+from benchmarks.variants import InputsToErrorsLinear, Plain
 
 TASK_NAMES = ("text", "vision-vit", "vision-resnet", "regression")
 
@@ -202,6 +202,8 @@ def test_every_variant_of_an_ablation_takes_steps(name):
         rng = torch.Generator().manual_seed(step)
         for param in params:
             param.grad = min(step, 1) * torch.randn(param.shape, generator=rng)
+        if hasattr(optimizer, "watch"):  # what it would see of the layers
+            optimizer.seen = {param: [torch.ones(3, param.shape[1]), torch.ones(3, len(param))] for param in params}
         optimizer.step()
     assert all(param.isfinite().all() and param.any() for param in params)
 
@@ -275,3 +277,22 @@ def test_what_is_measured_is_written_and_drawn(name, options, tmp_path):
     assert command.main([name, "--steps", "2", "--output", str(output), *options]) == 0
     document = json.loads(output.read_text())
     assert document["benchmark"] == name and (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_the_memory_of_errors_is_input_delta_momentum_but_for_its_hidden_features(monkeypatch):
+    """Both from every token of a small text model: the same weights after two steps, to rounding."""
+    monkeypatch.setattr(InputsToErrorsLinear, "every", 1)
+    task = make_task("text")
+    weights = []
+    for cls in (InputsToErrorsLinear, deep_optim.InputDeltaMomentum):
+        model = task.model(0)
+        groups = deep_optim.param_groups(model, memory=task.memory)
+        optimizer = cls(groups, lr=1e-2, momentum=0.9)
+        if cls is InputsToErrorsLinear:
+            optimizer.watch(model)
+        else:
+            optimizer.inputs = deep_optim.capture_inputs(model, groups, every=1)
+        for batch in task.batches(1, 2):
+            train_step(task, model, [optimizer], batch)
+        weights.append([param.detach() for param in model.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=2e-3)
