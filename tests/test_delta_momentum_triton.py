@@ -234,6 +234,21 @@ def test_gives_the_same_bits_twice(shape, triton_device):
 
 
 @needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter, which runs one program after another")
+@pytest.mark.parametrize("shape", [(1, 150, 133), (1, 133, 150)], ids=["tall", "wide"])
+def test_in_place_is_safe_whatever_program_runs_first(shape, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as interpreter
+
+    first, second = make(shape, 1), make(shape, 1)
+    step(first, shape=shape, backend="triton", **OPTIONS)
+    in_order = interpreter.set_grid_idx
+    backwards = lambda x, y, z: in_order(interpreter.grid_dim[0] - 1 - x, y, z)  # noqa: E731
+    monkeypatch.setattr(interpreter, "set_grid_idx", backwards)
+    step(second, shape=shape, backend="triton", **OPTIONS)
+    assert all(map(torch.equal, first[0] + first[2], second[0] + second[2]))
+
+
+@needs_triton
 @pytest.mark.parametrize("shape", [(1, 200, 12), (1, 12, 200)], ids=["tall", "wide"])
 def test_nothing_of_the_weights_size_is_made_but_the_operands(shape, triton_device):
     tensors = make(shape, device=triton_device)

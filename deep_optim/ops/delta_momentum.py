@@ -107,9 +107,10 @@ def fusible(tensors: Sequence[Tensor], features: FeatureMap, backend: Backend) -
     Not under torch.compile, nor for subclasses such as DTensor or what is not contiguous. Of the features, "identity"
     and "soft_rows" are a factor per token, which the kernels apply wherever they read G.
     """
+    if torch.compiler.is_compiling() or features not in ("identity", "soft_rows"):
+        return False
     plain = all(type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() for tensor in tensors)
-    known = features in ("identity", "soft_rows")
-    return plain and known and not torch.compiler.is_compiling() and use_triton(backend, *tensors)
+    return plain and use_triton(backend, *tensors)
 
 
 def _implementation(tensors: Sequence[Tensor], rule: DeltaRule, backend: Backend) -> Callable[..., Tensor | None]:
