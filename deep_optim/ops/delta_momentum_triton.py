@@ -220,9 +220,7 @@ def delta_momentum_triton(
             SHORT=s is not None, LONG=q is not None, DESCEND=direction is None, LR_ON_DEVICE=isinstance(lr, Tensor),
             **layout, **blocks,
         )  # fmt: skip
-    torch.autograd.graph.increment_version(
-        [*(params or ()), *memories]
-    )  # a kernel does not tell autograd of its writes
+    torch.autograd.graph.increment_version([*(params or ()), *memories])  # which kernels do not do
     return direction
 
 
