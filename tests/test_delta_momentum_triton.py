@@ -353,14 +353,14 @@ MODEL = ((6, 4), (6, 4), (4, 6), (7,), (7,), (), (4, 3, 2, 2))
     "options",
     [
         {"output": "identity"},
-        {"output": "identity", "side": "right", "gram_norm": "trace", "feature_map": "identity"},
+        {"output": "identity", "side": "right", "gram_norm": "trace", "feature_map": "identity", "split": 2},
         {"ns_coefficients": "polar_express", "ns_steps": 9},  # converges, so that roundings do not grow
         {"ns_coefficients": "polar_express", "ns_steps": 9, "nesterov": False, "side": "left", "maximize": True},
     ],
     ids=str,
 )
 def test_the_optimizer_takes_the_kernels_and_the_same_steps(options, triton_device, monkeypatch):
-    calls = []
+    options, calls = dict(options), []
     monkeypatch.setattr("deep_optim.ops.newton_schulz.working_dtype", lambda matrix: matrix.dtype)
     monkeypatch.setattr(
         "deep_optim.ops.delta_momentum.delta_momentum_triton",
@@ -368,8 +368,9 @@ def test_the_optimizer_takes_the_kernels_and_the_same_steps(options, triton_devi
     )
     start = make_params(MODEL, torch.float64)
     exact, ours = copy_params(start), [torch.nn.Parameter(p.detach().to(triton_device, torch.float32)) for p in start]
+    group = {"split": options.pop("split", 1)}
     for params, backend in ((exact, "reference"), (ours, "triton")):
-        optimizer = DeltaMomentum(params, lr=0.1, backend=backend, **options)
+        optimizer = DeltaMomentum([{"params": params, **group}], lr=0.1, backend=backend, **options)
         train(optimizer, params, range(3))
     stepped = [param for param in ours if param.ndim > 1 or options.get("output")]
     assert sum(calls) == 3 * len(stepped) and len(calls) < sum(calls)

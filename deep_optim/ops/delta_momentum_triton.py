@@ -3,8 +3,8 @@
     K = U / ‖U‖_F,  U = w ∘ G                              r rows (tokens), p ≤ r columns; w: a factor per row
     `_squares`     G → Σⱼ gᵢⱼ² in float64                  from which come ‖G‖_F and w
     `_operands`    M, G → A = M and K in low precision
-    in between     S = T KᵀK,  Q = T KᵀA                   p × p, by torch
-    `_step`        M ← decay · M + U − rate · (A S + K Q)
+    in between     S = short · T KᵀK,  Q = long · T KᵀA    p × p, by torch
+    `_step`        M ← decay · M + U − (A S + K Q)
                    D = lookahead · U + decay · M
                    W ← (1 − lr · weight_decay) · W − lr · D,   or D itself, for an output map
 
@@ -116,14 +116,14 @@ if HAS_TRITON:
     @triton.jit
     def _descend_tile(  # type: ignore[no-untyped-def]
         erased, grad_ptr, memory_ptr, out_ptr, factors, row_start, col_start, r, p,
-        lr, weight_decay, decay, rate, lookahead,
+        lr, weight_decay, decay, lookahead,
         READ: tl.constexpr, DESCEND: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     ):  # fmt: skip
         """Write a tile of M and of W or D, given A S + K Q."""
         start, at, mask = _tile(0, row_start, col_start, r, p, WIDE, BLOCK_R, BLOCK_P)
         written = factors * tl.load(grad_ptr + start + at, mask=mask, other=0.0)
         memory = tl.load(memory_ptr + start + at, mask=mask, other=0.0)
-        memory = decay * memory + written - rate * erased
+        memory = decay * memory + written - erased
         tl.store(memory_ptr + start + at, memory, mask=mask)
         read = memory
         if READ:
@@ -136,7 +136,7 @@ if HAS_TRITON:
     @triton.jit
     def _step_kernel(  # type: ignore[no-untyped-def]
         table_ptr, operands_ptr, s_ptr, q_ptr, scale_ptr, direction_ptr, lr,
-        stack, r, p, weight_decay, decay, rate, lookahead,
+        stack, r, p, weight_decay, decay, lookahead,
         READ: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, DESCEND: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
         WIDE: tl.constexpr, ALIGNED: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -171,7 +171,7 @@ if HAS_TRITON:
         for i in tl.static_range(4):
             _descend_tile(
                 quarters[i], grad_ptr, memory_ptr, out_ptr, factors, row_start, col_start + i * quarter, r, p,
-                lr, weight_decay, decay, rate, lookahead,
+                lr, weight_decay, decay, lookahead,
                 READ, DESCEND, WIDE, BLOCK_R, quarter,
             )  # fmt: skip
 
@@ -207,8 +207,7 @@ def delta_momentum_triton(
 
     a, k = operands.mT if m < n else operands  # [B, r, p]
     short, long = rule.short_and_long()
-    rate = short or long or 1.0  # what the products share of the rates
-    s, q = _small_products(a, k, short / rate, long / rate, rule.inner_steps, rule.gram_norm)
+    s, q = _small_products(a, k, short, long, rule.inner_steps, rule.gram_norm)
     lr = _rate(lr)
     direction = torch.empty(stack, m, n, device=device) if params is None else None
     blocks = _LARGE if p > _SMALL["BLOCK_P"] else _SMALL
@@ -216,7 +215,7 @@ def delta_momentum_triton(
     with on_device_of(operands):
         _step_kernel[(stack * tiles,)](
             table, operands, s, q, factors, direction, lr, stack, r, p,
-            weight_decay, rule.decay, rate, rule.lookahead or 0.0, READ=rule.lookahead is not None,
+            weight_decay, rule.decay, rule.lookahead or 0.0, READ=rule.lookahead is not None,
             SHORT=s is not None, LONG=q is not None, DESCEND=direction is None, LR_ON_DEVICE=isinstance(lr, Tensor),
             **layout, **blocks,
         )  # fmt: skip
@@ -244,8 +243,8 @@ def _small_products(
         gram = symmetric_product(k.mT)
     if inner_steps > 1 or gram_norm == "eigenvalue":
         polynomial = erasing_polynomial(gram, inner_steps, gram_norm)
-    s = times(short * polynomial, gram) if short else None
-    q = times(long * polynomial, k.mT @ a) if long else None
+    s = times(polynomial, gram).mul_(short) if short else None
+    q = times(polynomial, k.mT @ a).mul_(long) if long else None
     return s, q
 
 
