@@ -45,7 +45,6 @@ def _adamw(
     beta1, beta2 = group["adamw_betas"]
     exp_avgs = [local(state["exp_avg"]) for state in states]
     exp_avg_sqs = [local(state["exp_avg_sq"]) for state in states]
-    steps = [state["step"] for state in states]
     compiling = torch.compiler.is_compiling()
     fused = group["fused"]
     if fused is None and not group["foreach"]:
@@ -56,7 +55,7 @@ def _adamw(
         exp_avgs,
         exp_avg_sqs,
         [],
-        steps,
+        [state["step"] for state in states],
         foreach=bool(group["foreach"]),
         capturable=group["capturable"] and (compiling or not params[0].is_cpu),
         differentiable=False,
@@ -70,7 +69,7 @@ def _adamw(
         maximize=group["maximize"],
     )
     if fused:  # whose kernels do not tell autograd that they wrote
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 def _fusible(param: Tensor, *others: Tensor) -> bool:
