@@ -180,7 +180,8 @@ class DeltaMomentum(MemoryOptimizer):
     def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """The same step by kernels that write in place, where they can: they have no use for stacks."""
         grads = [param.grad for param in params if param.grad is not None]  # all have one
-        memories = [self.state[param]["memory"] for param in params]
+        states = [self.state[param] for param in params]
+        memories = [state["memory"] for state in states]
         plain = group["inner_lr"] == 0 or group["output"] == "adam"  # which needs what is written, beside what is read
         if plain or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
@@ -202,7 +203,7 @@ class DeltaMomentum(MemoryOptimizer):
             delta_momentum_step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay, backend=backend)
         else:
             direction = delta_momentum_read(grads, memories, rule, backend=backend)
-            _descend(params, apply_output(direction, direction, {}, group), group)
+            _descend(params, states, apply_output(direction, direction, {}, group), group)
 
 
 def check_read_and_steps(group: Mapping[str, Any]) -> None:
