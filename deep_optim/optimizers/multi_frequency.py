@@ -179,7 +179,7 @@ class MultiFrequency(Optimizer):
 
     def _only_makes_state(self, group: Group) -> bool:
         """Whether this step is how checkpoint libraries make an optimizer create its state, and no part of a chunk."""
-        if group.get("lr") != 0 or any(param in self.state for param in group["params"]):
+        if any(param in self.state for param in group["params"]) or group.get("lr") != 0:  # a rate may be on the device
             return False
         return not any(param.grad is not None and whole(param.grad).any() for param in group["params"])
 
