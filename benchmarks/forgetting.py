@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     torch.set_num_threads(1)
     results = Results(args.output, resume=args.resume or args.plot_only, kind=Course)
     if not args.plot_only:

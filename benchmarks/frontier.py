@@ -144,8 +144,10 @@ def draw_forgetting(document: Mapping[str, Any], path: Path) -> Path:
             for axis in axes[0]:
                 axis.set_xscale("log")
                 axis.set_yscale("symlog", linthresh=1e-4)
+                axis.set_xlim(right=max(axis.get_xlim()[1], 1e-6))  # SGD solves it to rounding
             for axis in axes[1]:
                 axis.set_yscale("log")
+                axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))
         axes[0][0].set_ylabel(f"forgetting ({config['metric'].split(' (')[0]})")
         axes[1][0].set_ylabel(f"{config['metric']}, mean at the end")
         handles, labels = axes[0][0].get_legend_handles_labels()

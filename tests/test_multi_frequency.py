@@ -559,20 +559,25 @@ class Moody(Optimizer):
             for param in group["params"]:
                 assert "chunk_sum" not in self.state[param]
                 param -= param.grad
-                param.grad = None  # which is not its own to free
+                param.grad.zero_()  # neither is its own to write or to free
+                param.grad = None
         if self.fails == "after":
             raise RuntimeError("moody")
 
 
+@pytest.mark.parametrize("missing", [False, True], ids=["all gradients", "one missing"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_error_inside_loses_nothing(when: str) -> None:
+@reduction
+def test_an_error_inside_loses_nothing(when: str, missing: bool, reduction: Any) -> None:
     """The chunk is as it was, so that the same step can be taken again; gradients and groups are in their places."""
     params = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(3)]
     groups = [{"params": [param], "period": period} for param, period in zip(params, (2, 3, 4), strict=True)]
-    optimizer = MultiFrequency(Moody(groups), reduction="sum")
+    optimizer = MultiFrequency(Moody(groups), reduction=reduction)
     for step in range(3):
         for param in params:
             give(param, 2.0**step)
+        if missing and step == 2:
+            params[1].grad = None
         if step == 2:  # the second group is due
             before = deepcopy(optimizer.state_dict())
             grads = [param.grad for param in params]
@@ -588,7 +593,9 @@ def test_an_error_inside_loses_nothing(when: str) -> None:
             optimizer.optimizer.fails = ""
         if step < 2 or when == "before":
             optimizer.step()
-    assert [-param[0].item() for param in params] == [3.0, 7.0, 0.0]
+    total = 3.0 if missing else 7.0
+    count = 1 if reduction == "sum" else 2 if missing else 3
+    assert [-param[0].item() for param in params] == [3.0 if reduction == "sum" else 1.5, total / count, 0.0]
 
 
 def test_the_wrapped_optimizer_sees_what_is_due_and_nothing_else() -> None:

@@ -65,7 +65,7 @@ class Orthogonal:
     metric = "loss (1 before training)"
     higher_is_better = False
     unit = "regression"
-    factors = (1 / 64, 1 / 16, 1 / 4, 1.0)
+    factors = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
     steps = 300
     memory = ("map",)
 

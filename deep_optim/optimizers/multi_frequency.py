@@ -153,7 +153,9 @@ class MultiFrequency(Optimizer):
                 self.optimizer.step()
         finally:
             groups[:] = everything
-            self._take_back(lent)
+            for param, grad, chunk in lent:
+                param.grad = grad
+                self.state[param].update(chunk)
         self._write(due, waiting)
         return loss
 
@@ -195,12 +197,6 @@ class MultiFrequency(Optimizer):
             for param, grad in reduced(group["params"], self.state, group["reduction"]):
                 lent.append((param, param.grad, taken_out(param, self.state)))
                 param.grad = grad
-
-    @_runs_as_written
-    def _take_back(self, lent: Lent) -> None:
-        for param, grad, chunk in lent:
-            param.grad = grad
-            self.state[param].update(chunk)
 
     @_runs_as_written
     def _write(self, due: list[Group], waiting: list[Group]) -> None:
