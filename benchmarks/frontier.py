@@ -25,10 +25,15 @@ from .plots import COLORS, STYLE
 
 MEASURES = ("right_after", "final", "backward_transfer", "forgetting")
 MODES = {"carried": False, "reset": True}
-_MORE_COLORS = {
-    "ademamix": "#117733", "multi_frequency": "#D55E00", "low_rate": "#E69F00", "multi_frequency_momentum": "#882255",
-    "low_rate_momentum": "#CC79A7", "ewc": "#999999", "replay": "#666666",
-}  # fmt: skip
+_MORE_COLORS = {  # an arm and the lower rate that it is compared with share one; references and lower rates are dashed
+    "ademamix": "#117733",
+    "multi_frequency": "#332288",
+    "low_rate": "#332288",
+    "multi_frequency_momentum": "#AA4499",
+    "low_rate_momentum": "#AA4499",
+    "ewc": "#999933",
+    "replay": "#44AA99",
+}
 
 
 def measures(scores: list[list[float]], higher_is_better: bool) -> dict[str, float]:

@@ -43,6 +43,8 @@ def test_gradients_of_orthogonal_tasks_are_orthogonal_and_their_loss_is_exact() 
         (grad,) = torch.autograd.grad(sequence.loss(model, batch, task), list(model.parameters()))
         grads.append(grad)
     assert (grads[0] @ grads[1].T).abs().max() < 1e-5 < grads[0].abs().max()
+    x, _ = next(sequence.batches(0, 1, 1, batch=8192))
+    torch.testing.assert_close((x @ sequence.spaces[1]).var(0), sequence.spectrum, rtol=0.1, atol=0.0)  # six deviations
     assert [sequence.evaluate(model, task)["score"] for task in range(2)] == pytest.approx([1.0, 1.0])
     torch.nn.init.normal_(model["map"].weight)
     axes = (sequence.spaces[1] * sequence.spectrum.sqrt()).T  # E ‖A x‖² = Σ ‖A a‖² over these
@@ -79,6 +81,10 @@ def test_permuted_images_are_the_same_images() -> None:
         assert torch.equal(pixels[:, sequence.orders[task].argsort()], natural)
         assert torch.equal(labels, sequence.test[0][1])
     assert not torch.equal(sequence.test[1][0], natural)
+    pixels, labels = next(sequence.batches(5, 1, 1))
+    seen = pixels[0][sequence.orders[1].argsort()]
+    assert labels[0] in sequence.labels[(sequence.train == seen).all(1)]
+    assert not torch.equal(labels, next(sequence.batches(5, 0, 1))[1])  # tasks draw for themselves
     first, again = (next(sequence.batches(5, 1, 1)) for _ in range(2))
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], next(sequence.batches(6, 1, 1))[0])
 
@@ -137,6 +143,30 @@ def test_a_course_depends_on_its_description_alone() -> None:
     assert carried["scores"][0] == reset["scores"][0] and carried["scores"][1] != reset["scores"][1]
     assert course("sgd", 1e6).run()["diverged"]
     assert Course.from_json(json.loads(json.dumps(course("adamw", 0.02).to_json()))) == course("adamw", 0.02)
+
+
+def test_a_course_is_the_plain_loop() -> None:
+    """Constant rate, no decay, one optimizer throughout."""
+    sequence = make_sequence("orthogonal")
+    model = sequence.model(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0)
+    scores = []
+    for task in range(2):
+        for batch in sequence.batches(1, task, 40):
+            optimizer.zero_grad()
+            sequence.loss(model, batch, task).backward()
+            optimizer.step()
+        scores.append([sequence.evaluate(model, each)["score"] for each in range(2)])
+    torch.testing.assert_close(course("adamw", 0.02).run()["scores"], scores, rtol=1e-3, atol=1e-6)  # fused, float32
+
+
+def test_replayed_images_keep_their_task() -> None:
+    """Their two outputs, not those of the task at hand."""
+    sequence = make_sequence("split", **DIGITS)
+    model = sequence.model(0)
+    lesson = Lesson(sequence, ARMS["replay"])
+    lesson.learnt(model, seed=0)
+    assert lesson.loss(model, next(sequence.batches(0, 1, 1))).isfinite()
 
 
 def test_importance_is_the_mean_of_squared_gradients() -> None:
@@ -202,6 +232,8 @@ def test_summary_leaves_no_mean_where_a_seed_diverged() -> None:
     assert row["adamw"]["rates"][2] == {"lr": 0.4, "diverged": 1} and row["adamw"]["best"] == 0.2
     assert row["muon"]["saved_adamw"]["mean"] == pytest.approx(0.25 - 0.1)
     assert "saved_adamw" not in row["adamw"]
+    del runs[course("adamw", 0.4, seed=1)], runs[course("adamw", 0.4, seed=2)]
+    assert summarize(runs, False)["carried"]["adamw"]["best"] == 0.1
 
 
 TINY = ["--steps", "6", "--lrs", "2", "--workers", "1", "--optimizers", "adamw,multi_frequency,low_rate"]
