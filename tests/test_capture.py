@@ -158,9 +158,9 @@ def test_ignores_what_is_not_trained(how):
     capture = capture_inputs(model, every=1)
     backward(model, x)
     if how == "eval":
-        model.eval()(x)
+        model.eval()(draw(3, 4))
     elif how == "frozen":
-        model.requires_grad_(False)(x)
+        model.requires_grad_(False)(draw(3, 4))
     else:
         with torch.no_grad() if how == "no_grad" else torch.inference_mode():
             model(draw(3, 4))

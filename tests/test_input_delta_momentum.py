@@ -5,9 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-from deep_optim import DeltaMomentum, InputDeltaMomentum, Momentum, capture_inputs, param_groups
+from deep_optim import DGD, DeltaMomentum, InputDeltaMomentum, Momentum, capture_inputs, param_groups
 from deep_optim.ops.times_gram import times_gram
 from problem import SHAPES, copy_params, make_model, model_loss, set_grads, snapshot, trained
 
@@ -210,6 +212,35 @@ def test_a_forgotten_capture_is_refused_by_size():
         optimizer.step()
     with pytest.raises(TypeError, match="inputs must be what capture_inputs"):
         InputDeltaMomentum([param], inputs=nn.Linear(2, 2))
+
+
+def test_a_checkpointer_may_have_state_made_without_inputs():
+    """By zero gradients at lr = 0, as torch.distributed.checkpoint does to an optimizer that has not stepped yet."""
+    model = nn.Sequential(linear(), linear(4, 3))
+    optimizer = InputDeltaMomentum(model.parameters(), inputs=capture_inputs(model))
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    assert set(state) == {"0.weight", "1.weight"}
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    with pytest.raises(RuntimeError, match="no inputs"):  # at any other rate, a gradient of zeros is one
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [InputDeltaMomentum, DGD])
+def test_fully_sharded_models_step_by_their_inputs(cls, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain, sharded = (nn.Sequential(linear(), nn.Tanh(), linear(4, 3)) for _ in range(2))
+        fully_shard(sharded)
+        moved = [
+            train(model, cls(model.parameters(), lr=0.1, inputs=capture_inputs(model)), [draw(40, 6)] * 2)
+            for model in (plain, sharded)
+        ]
+        torch.testing.assert_close([each.full_tensor() for each in moved[1]], moved[0])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_embeddings_and_heads_that_go_to_adamw_need_no_inputs():

@@ -167,7 +167,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 continue
             if not self.state[param]:
                 self.state[param].update(self.new_state(param, group))
-                if not capturing(param) and group["lr"] == 0 and not whole(param.grad).any():
+                if only_makes_state(param, group):
                     continue
             params.append(param)
 
@@ -249,6 +249,11 @@ def _unstack(tensors: list[Tensor], stacked: Tensor) -> None:
 def capturing(param: Tensor) -> bool:
     """Return whether a CUDA graph is recording, so that nothing on the device can be asked about."""
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def only_makes_state(param: Tensor, group: dict[str, Any]) -> bool:
+    """Return whether a parameter's first gradient is a checkpointer's, which has state made by zeros at lr = 0."""
+    return not capturing(param) and group["lr"] == 0 and not whole(param.grad).any()  # type: ignore[arg-type]
 
 
 def _descend(params: list[Tensor], states: list[dict[str, Tensor]], direction: Tensor, group: dict[str, Any]) -> None:

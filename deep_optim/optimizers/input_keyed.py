@@ -16,7 +16,7 @@ from deep_optim.capture import InputCapture
 from deep_optim.ops.frobenius import frobenius_norm
 from deep_optim.ops.times_gram import times_gram
 
-from .base import MemoryOptimizer
+from .base import MemoryOptimizer, only_makes_state
 from .matrices import has_memory
 from .validation import check_choice
 
@@ -72,6 +72,7 @@ class InputKeyedOptimizer(MemoryOptimizer):
             for name, param in zip(names, group["params"], strict=True)
             if param.grad is not None and param.numel() and param.ndim > 1 and has_memory(param, group)
             if not self._has_inputs(param)
+            if self.state.get(param) or not only_makes_state(param, group)
         ]
 
     def _has_inputs(self, param: Tensor) -> bool:
