@@ -72,6 +72,14 @@ def test_collecting_between_micro_batches_loses_nothing():
     torch.testing.assert_close(capture.gram(model[0].weight), mean_gram(x))
 
 
+def test_a_question_in_between_changes_no_later_answer():
+    model, x = net(), draw(3, 4)
+    capture = capture_inputs(model, every=1)
+    for end in (1, 2, 3):
+        backward(model, x[end - 1 : end])
+        torch.testing.assert_close(capture.gram(model[0].weight), mean_gram(x[:end]))
+
+
 def test_forgets_what_was_used_and_keeps_the_rest():
     model, x = net(), draw(7, 4)
     capture = capture_inputs(model, every=1)
@@ -182,8 +190,11 @@ def test_a_weight_that_thaws_is_captured_from_then_on():
 def test_empty_batches_and_rows_without_a_direction_weigh_nothing():
     model, x = net(), draw(5, 4)
     capture = capture_inputs(model, every=1)
-    backward(model, x[:0])
-    assert not capture.gram(model[0].weight).any()
+    for nothing in (x[:0], torch.zeros_like(x[:2])):
+        backward(model, nothing)
+        gram = capture.gram(model[0].weight)
+        assert gram.shape == (4, 4) and not gram.any()  # and no NaN
+    capture.clear()
     without = torch.zeros(3, 4, dtype=torch.float64)
     without[1, 2], without[2, 0] = torch.inf, torch.nan
     model(torch.cat([x, without]))
@@ -225,6 +236,19 @@ def test_layers_with_one_input_share_one_gram():
     grams = [capture.gram(layer.weight) for layer in (model.q, model.k, model.v)]
     assert not torch.equal(grams[0], grams[1]) and not torch.equal(grams[1], grams[2])
     assert capture.gram(model.out.weight).shape == (4, 4)
+
+
+def test_convolutions_of_one_input_share_only_what_they_read_alike():
+    layers = [nn.Conv1d(2, 3, 2, **options).double() for options in ({}, {}, {"stride": 2}, {"dilation": 2})]
+    capture, x = capture_inputs(nn.ModuleList(layers), every=1), draw(3, 2, 9)
+    for layer in layers:
+        layer(x)
+    grams = [capture.gram(layer.weight) for layer in layers]
+    assert torch.equal(grams[0], grams[1])
+    for layer, gram in zip(layers, grams, strict=True):
+        step, gap = layer.stride[0], layer.dilation[0]
+        patches = [x[:, :, t : t + gap + 1 : gap].flatten(1) for t in range(0, 9 - gap, step)]
+        torch.testing.assert_close(gram, mean_gram(torch.stack(patches)))
 
 
 class CountMatmuls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -275,7 +299,7 @@ def test_a_convolution_sees_its_patches(conv, shape):
 
 @pytest.mark.parametrize("every", [2, 8, 100])
 def test_a_sample_has_the_size_asked_for_and_no_favourites(every):
-    for rows in (0, 1, every - 1, every, 64 * every):
+    for rows in (*range(3 * every), 64 * every, 64 * every + 1):
         places = spread_places(rows, every, torch.device("cpu"))
         assert len(places) == -(-rows // every)
         assert torch.equal(places, places.unique()) and all((0 <= places) & (places < max(rows, 1)))
@@ -397,19 +421,21 @@ def test_ranks_agree_on_the_mean_over_all_of_their_inputs(one_process, tmp_path)
 
     def rank(number):
         group = torch.distributed.ProcessGroupGloo(torch.distributed.FileStore(str(tmp_path / "pair")), number, 2)
-        model, experts = net(), nn.ModuleList([nn.Linear(4, 4, dtype=torch.float64) for _ in range(2)])
+        model, experts = net(), nn.ModuleList([nn.Linear(4, 4, dtype=torch.float64) for _ in range(4)])
         capture = capture_inputs(nn.ModuleList([model, experts]), every=1, process_group=group)
         backward(model, x[:2] if number == 0 else x[2:])
         if number == 1:
-            experts[0](x)  # one expert got tokens on one rank alone, the other on none
-        grams = [capture.gram(each.weight) for each in (model[0], model[2], experts[0])]
+            experts[0](x)  # one expert got tokens on one rank alone, the next on none
+        for share in experts[2:]:
+            share(x)  # the same tensor: one Gram, to be summed over ranks for each
+        grams = [capture.gram(each.weight) for each in (model[0], model[2], experts[0], experts[2], experts[3])]
         assert experts[1].weight not in capture
         backward(model, x)
         return [*grams, capture.gram(model[0].weight)]  # what was reduced before is not reduced again
 
     with ThreadPoolExecutor() as pool:
         ranks = [pool.submit(rank, number) for number in range(2)]
-    expected = [mean_gram(each) for each in (x, net()[:2](x).detach(), x, x)]
+    expected = [mean_gram(each) for each in (x, net()[:2](x).detach(), x, x, x, x)]
     for each in ranks:
         torch.testing.assert_close(each.result(timeout=30), expected)
 
