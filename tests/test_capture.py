@@ -239,15 +239,16 @@ def test_layers_with_one_input_share_one_gram():
 
 
 def test_convolutions_of_one_input_share_only_what_they_read_alike():
-    layers = [nn.Conv1d(2, 3, 2, **options).double() for options in ({}, {}, {"stride": 2}, {"dilation": 2})]
+    options = ({}, {}, {"stride": 2}, {"dilation": 2}, {"kernel_size": 3})
+    layers = [nn.Conv1d(2, 3, **{"kernel_size": 2, **each}).double() for each in options]
     capture, x = capture_inputs(nn.ModuleList(layers), every=1), draw(3, 2, 9)
     for layer in layers:
         layer(x)
     grams = [capture.gram(layer.weight) for layer in layers]
     assert torch.equal(grams[0], grams[1])
     for layer, gram in zip(layers, grams, strict=True):
-        step, gap = layer.stride[0], layer.dilation[0]
-        patches = [x[:, :, t : t + gap + 1 : gap].flatten(1) for t in range(0, 9 - gap, step)]
+        step, gap, length = layer.stride[0], layer.dilation[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+        patches = [x[:, :, t : t + length : gap].flatten(1) for t in range(0, 10 - length, step)]
         torch.testing.assert_close(gram, mean_gram(torch.stack(patches)))
 
 

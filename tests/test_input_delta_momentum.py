@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
@@ -243,6 +244,39 @@ def test_fully_sharded_models_step_by_their_inputs(cls, tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("output", ["identity", "newton_schulz"])
+def test_what_is_no_matrix_or_has_no_elements_needs_no_inputs(output):
+    model = nn.Linear(6, 4, dtype=torch.float64)
+    empty = nn.Parameter(torch.ones(0, 3))
+    optimizer = InputDeltaMomentum([*model.parameters(), empty], inputs=capture_inputs(model), output=output)
+    before, empty.grad = snapshot(model.parameters()), torch.ones(0, 3)
+    model(draw(9, 6)).square().mean().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_ranks_are_asked_once_a_step(monkeypatch):
+    model = nn.Sequential(linear(), linear(4, 3))
+    capture, calls = capture_inputs(model), []
+    collect = capture.collect
+    monkeypatch.setattr(capture, "collect", lambda: (calls.append(1), collect()))
+    optimizer = InputDeltaMomentum([{"params": layer.parameters()} for layer in model], inputs=capture)
+    train(model, optimizer, [draw(9, 6)] * 3)
+    assert len(calls) == 3
+
+
+def test_inputs_may_be_of_a_lower_precision_than_the_weights():
+    class Casting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    torch.manual_seed(0)
+    model = Casting(6, 4, bias=False, dtype=torch.float64)
+    optimizer = InputDeltaMomentum(model.parameters(), inputs=capture_inputs(model), inner_lr=1.0)
+    train(model, optimizer, [draw(9, 6).float()] * 2)
+    assert optimizer.state[model.weight]["memory"].dtype == torch.float64
+
+
 def test_embeddings_and_heads_that_go_to_adamw_need_no_inputs():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 7))
     groups = param_groups(model)
@@ -294,21 +328,40 @@ def test_what_saw_no_gradient_keeps_no_inputs():
     assert model[0].weight not in capture
 
 
-def test_a_compiled_step_follows_the_inputs():
-    model, twin = linear(), linear()
+def test_a_compiled_step_follows_the_inputs_and_is_not_compiled_for_each():
+    """The number of tokens, and whether rows or a Gram are kept, is a fact about one step."""
+    model, twin = (nn.Sequential(linear(), nn.Tanh(), linear(4, 3)) for _ in range(2))
     optimizer, eager = (
-        InputDeltaMomentum([each.weight], lr=0.1, inner_lr=1.0, inputs=capture_inputs(each)) for each in (model, twin)
+        InputDeltaMomentum(each.parameters(), lr=0.1, inner_lr=1.0, inputs=capture_inputs(each, every=1))
+        for each in (model, twin)
     )
     torch._dynamo.reset()
-    step = torch.compile(lambda: optimizer.step(), backend="eager")
-    for seed, tokens in enumerate((30, 30, 200, 16)):
+    counter = CompileCounter()
+    step = torch.compile(lambda: optimizer.step(), backend=counter)
+    graphs = []
+    for seed, tokens in enumerate((30, 3, 5, 4, 1, 2, 30, 6)):
         for each in (model, twin):
             each.zero_grad()
             each(draw(tokens, 6, seed=seed)).square().mean().backward()
         step()
         eager.step()
-        torch.testing.assert_close(model.weight, twin.weight)
+        torch.testing.assert_close(snapshot(model.parameters()), snapshot(twin.parameters()))
+        graphs.append(counter.frame_count)
+    assert graphs[1:] == graphs[:1] * 7
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("cls, rate", [(InputDeltaMomentum, "inner_lr"), (DGD, "rho")])
+def test_a_rate_of_zero_costs_nothing(cls, rate):
+    model = linear()
+    flops = []
+    for value in (0.0, 0.5):
+        optimizer = cls(model.parameters(), output="identity", inputs=capture_inputs(model), **{rate: value})
+        model(draw(99, 6)).square().mean().backward()
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        flops.append(counter.get_total_flops())
+    assert flops == [0, 2 * 4 * 6 * 6]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])

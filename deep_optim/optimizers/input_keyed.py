@@ -86,9 +86,9 @@ class InputKeyedOptimizer(MemoryOptimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the keys are other tensors, of other shapes, at every step
     def _step_captured(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        alike: dict[Any, list[Tensor]] = {}  # what is stacked must have keys of one kind and shape
+        alike: dict[Any, list[Tensor]] = {}  # what is stacked must have keys of one shape
         for param in params:
-            kind = [(name, keys.shape) for name, keys in self.observed([param], group).items()]
+            kind = [keys.shape for keys in self.observed([param], group).values()]  # Grams are square, rows are not
             alike.setdefault(tuple(kind), []).append(param)
         for members in alike.values():
             super()._step_group(group, members)
@@ -96,7 +96,7 @@ class InputKeyedOptimizer(MemoryOptimizer):
             self._inputs.discard(param)  # type: ignore[union-attr]
 
     def observed(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
-        if not all(map(self._has_inputs, params)) or not has_memory(params[0], group):
+        if not all(map(self._has_inputs, params)):
             return {}
         rows, grams = zip(*(self._inputs.keys(param) for param in params), strict=True)  # type: ignore[union-attr]
         name, parts = (_GRAM, grams) if rows[0] is None else (_ROWS, rows)
