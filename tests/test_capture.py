@@ -239,7 +239,7 @@ def test_layers_with_one_input_share_one_gram():
 
 
 def test_convolutions_of_one_input_share_only_what_they_read_alike():
-    options = ({}, {}, {"stride": 2}, {"dilation": 2}, {"kernel_size": 3})
+    options = ({}, {}, {"kernel_size": 3}, {}, {"stride": 2}, {}, {"dilation": 2})  # neighbours differ in one thing
     layers = [nn.Conv1d(2, 3, **{"kernel_size": 2, **each}).double() for each in options]
     capture, x = capture_inputs(nn.ModuleList(layers), every=1), draw(3, 2, 9)
     for layer in layers:
@@ -432,11 +432,15 @@ def test_ranks_agree_on_the_mean_over_all_of_their_inputs(one_process, tmp_path)
         grams = [capture.gram(each.weight) for each in (model[0], model[2], experts[0], experts[2], experts[3])]
         assert experts[1].weight not in capture
         backward(model, x)
-        return [*grams, capture.gram(model[0].weight)]  # what was reduced before is not reduced again
+        for share in experts[2:]:
+            share(-2 * x[:4, [1, 0, 2, 3]])
+        # what was reduced before is not reduced again, and weighs as much as it did
+        return [*grams, *(capture.gram(each.weight) for each in (model[0], experts[2], experts[3]))]
 
     with ThreadPoolExecutor() as pool:
         ranks = [pool.submit(rank, number) for number in range(2)]
-    expected = [mean_gram(each) for each in (x, net()[:2](x).detach(), x, x, x, x)]
+    last = (torch.cat([x, x, x]), *[torch.cat([x, x[:4, [1, 0, 2, 3]]])] * 2)
+    expected = [mean_gram(each) for each in (x, net()[:2](x).detach(), x, x, x, *last)]
     for each in ranks:
         torch.testing.assert_close(each.result(timeout=30), expected)
 

@@ -116,7 +116,7 @@ def _in_groups(matrix: Tensor, keys: Tensor, product: Any) -> Tensor:
     return product(matrix.reshape(len(keys), -1, matrix.shape[-1]), keys).reshape(matrix.shape)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # ranks are asked, and the host waits for their answer
 def _collect(inputs: InputCapture) -> None:
     inputs.collect()
 
