@@ -219,7 +219,7 @@ class _Rows:
 
 
 class _Sum:
-    """The inputs of one layer: rows while they are fewer than n, then the sum of their Grams. Tensors are replaced,
+    """The inputs of one layer: rows while they are no more than n, then the sum of their Grams. Tensors are replaced,
     never written, because layers share them."""
 
     def __init__(self, gram: Tensor | None = None) -> None:
@@ -235,7 +235,7 @@ class _Sum:
     def add(self, rows: _Rows) -> None:
         self._keys = None
         self.rows.append(rows)
-        if self.total_gram is not None or sum(part.rows.shape[-2] for part in self.rows) >= rows.rows.shape[-1]:
+        if self.total_gram is not None or sum(part.rows.shape[-2] for part in self.rows) > rows.rows.shape[-1]:
             self._fold()
 
     def add_gram(self, gram: Tensor) -> None:

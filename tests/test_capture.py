@@ -38,16 +38,16 @@ def backward(model, x):
     model(x).square().sum().backward()
 
 
-@pytest.mark.parametrize("tokens", [3, 40], ids=["rows", "gram"])
+@pytest.mark.parametrize("tokens", [3, 6, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_is_the_mean_over_the_inputs_in_full_precision(tokens, dtype):
-    """Fewer tokens than features are kept as rows, more as their Gram, either way at least in float32."""
+    """No more tokens than features are kept as rows, more as their Gram, either way at least in float32."""
     layer, x = nn.Linear(6, 2, dtype=dtype), draw(tokens, 6, dtype=dtype)
     capture = capture_inputs(layer, every=1)
     backward(layer, x)
     gram = capture.gram(layer.weight)
     rows, folded = capture.keys(layer.weight)
-    assert (folded is None, rows is None) == (tokens < 6, tokens >= 6)
+    assert (folded is None, rows is None) == (tokens <= 6, tokens > 6)
     assert gram.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(gram.double(), mean_gram(x), rtol=0, atol=1e-15 if dtype == torch.float64 else 2e-7)
 

@@ -32,8 +32,8 @@ class DGD(InputKeyedOptimizer):
     """Momentum with a weight decay along the directions of the layer's inputs.
 
     Keeps 4 bytes per parameter (8 with `output="adam"`), and from the forward pass to the step what `capture_inputs`
-    keeps. For an m × n matrix and N sampled tokens the decay costs 2 n FLOPs per parameter, or 4 N where N was fewer
-    than n and this is less; the rest is `Momentum`.
+    keeps. For an m × n matrix and N sampled tokens the decay costs 2 n FLOPs per parameter, or 4 N where N is no
+    more than n and this is less; the rest is `Momentum`.
 
     Args:
         params: parameters, named parameters, or groups of them; any shape.

@@ -32,8 +32,8 @@ class InputDeltaMomentum(InputKeyedOptimizer):
     """Momentum that forgets the directions in which its layer's inputs are loud.
 
     Keeps 4 bytes per parameter (8 with `output="adam"`), and from the forward pass to the step what `capture_inputs`
-    keeps. For an m × n matrix and N sampled tokens it costs 2 n FLOPs per parameter, or 4 N where N was fewer than n
-    and this is less, before the output map.
+    keeps. For an m × n matrix and N sampled tokens it costs 2 n FLOPs per parameter, or 4 N where N is no more
+    than n and this is less, before the output map.
 
     Args:
         params: parameters, named parameters, or groups of them; any shape.

@@ -86,9 +86,9 @@ class InputKeyedOptimizer(MemoryOptimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the keys are other tensors, of other shapes, at every step
     def _step_captured(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        alike: dict[Any, list[Tensor]] = {}  # what is stacked must have keys of one shape
+        alike: dict[Any, list[Tensor]] = {}  # what is stacked must have keys of one kind and shape
         for param in params:
-            kind = [keys.shape for keys in self.observed([param], group).values()]  # Grams are square, rows are not
+            kind = [(name, keys.shape) for name, keys in self.observed([param], group).items()]
             alike.setdefault(tuple(kind), []).append(param)
         for members in alike.values():
             super()._step_group(group, members)
