@@ -96,7 +96,8 @@ class InputCapture:
         self._every, self._process_group = every, process_group
         self._seen = {module: _Sum() for module in modules}  # by module: a sharding wrapper exchanges its weight
         self._ready: dict[Tensor, _Sum] = {}  # by weight, summed over ranks
-        self._latest: tuple[Any, ...] | None = None  # the input seen last, and its rows
+        self._forward: set[Any] = set()  # what was called outside of backward since the last step
+        self._latest: tuple[Any, ...] | None = None  # the input seen last, how it was read, and its rows
         self._places: dict[Any, Tensor] = {}  # which rows are taken of so many
         self._handles = [module.register_forward_hook(self._observe, with_kwargs=True) for module in self._seen]
 
@@ -149,13 +150,15 @@ class InputCapture:
         return self._ready[weight].keys()
 
     def discard(self, weight: Tensor) -> None:
-        """Forget what was collected for a weight, if anything was."""
+        """Forget what was collected for a weight."""
         self._ready.pop(weight, None)
 
     def _forget(self) -> None:
-        """Drop what only saves work within a step."""
+        """Drop what is of use within a step; an optimizer may step inside backward, before the last second pass."""
         self._latest = None
         self._places.clear()
+        if not _in_backward():
+            self._forward.clear()
 
     def _over_ranks(self) -> "dict[Any, _Sum]":
         """Return the sums over all ranks of what each has seen; a layer that none has seen is left out."""
@@ -178,11 +181,11 @@ class InputCapture:
             return
         inputs, x = self._seen[module], args[0] if args else kwargs["input"]
         compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint's second pass
-            if inputs.seen_in_forward:
+        if not compiling:
+            if not _in_backward():  # where a reentrant checkpoint's first pass, without gradients, is not seen
+                self._forward.add(module)
+            elif module in self._forward:  # a checkpoint's second pass
                 return
-        else:  # a reentrant checkpoint's first pass has no gradients and is not seen
-            inputs.seen_in_forward = True
         with torch.no_grad(), _full_precision(x.device.type):
             if compiling:  # equal products are merged by the compiler
                 places = spread_places(number_of_rows(module, x), self._every, x.device)
@@ -192,16 +195,14 @@ class InputCapture:
 
     def _rows(self, module: Any, x: Tensor) -> "_Rows":
         """The rows of an input, the same object for layers that are called with it in a row."""
-        how = reading(module)
-        if self._latest is not None:
-            latest, version, alike, rows = self._latest
-            if latest() is x and version == x._version and how == alike:
-                return rows
+        how = x._version, reading(module)
+        if self._latest is not None and self._latest[0]() is x and self._latest[1] == how:
+            return self._latest[2]
         asked = number_of_rows(module, x), x.device
         if asked not in self._places:
             self._places[asked] = spread_places(asked[0], self._every, asked[1])
         rows = _Rows(unit_rows(module, x.detach(), self._places[asked]))
-        self._latest = ref(x), x._version, how, rows
+        self._latest = ref(x), how, rows
         return rows
 
 
@@ -219,13 +220,14 @@ class _Rows:
 
 
 class _Sum:
-    """The inputs of one layer: rows while they are no more than n, then the sum of their Grams. Tensors are replaced,
-    never written, because layers share them."""
+    """The inputs of one layer: rows while they are no more than n, then the sum of their Grams.
+
+    Tensors are replaced, never written, because layers share them.
+    """
 
     def __init__(self, gram: Tensor | None = None) -> None:
         self.rows: list[_Rows] = []
         self.total_gram = gram
-        self.seen_in_forward = False
         self._keys: InputKeys | None = None
 
     @property
@@ -273,6 +275,10 @@ class _Sum:
                 trace = self.total_gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
                 self._keys = InputKeys(None, self.total_gram / trace.clamp(min=1))
         return self._keys
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:

@@ -116,6 +116,26 @@ def test_a_checkpoint_inside_the_second_micro_batch_counts_once():
     torch.testing.assert_close(capture.gram(model[0].weight), mean_gram(torch.cat([first, second])))
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_a_checkpoint_counts_once_where_the_optimizer_steps_inside_backward(reentrant):
+    """The last layer is stepped, and all that was seen collected, before the first layer's second pass."""
+    model, batches = net(), [draw(3, 4), draw(9, 4, seed=1)]
+    capture, seen = capture_inputs(model, every=1), []
+
+    def step(weight):
+        gram = capture.gram(weight)
+        capture.discard(weight)
+        if weight is model[0].weight:
+            seen.append(gram)
+
+    for layer in (model[0], model[2]):
+        layer.weight.register_post_accumulate_grad_hook(step)
+    for batch in batches:
+        hidden = checkpoint(model[:2], batch.clone().requires_grad_(), use_reentrant=reentrant)
+        model[2](hidden).sum().backward()
+    torch.testing.assert_close(seen, [mean_gram(batch) for batch in batches])
+
+
 @pytest.mark.parametrize("device_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_does_not_reach_the_gram(device_dtype):
     model, x = net(dtype=torch.float32), draw(30, 4, dtype=torch.float32)
