@@ -13,6 +13,7 @@ BENCHMARKS = {
     "toy": "paths of momentum and delta momentum on a two-dimensional valley (Eq. 53)",
     "dmgd": "what each part of DMGD is worth: one change at a time",
     "m3": "what each part of M3 is worth: one change at a time, against tuned Muon",
+    "meta": "whether a learned initial memory helps DMGD on tasks it was not learned on",
     "memory": "what a DMGD memory knows about the gradients, over a training run",
     "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",

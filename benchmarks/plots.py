@@ -298,3 +298,36 @@ def draw_memory(document: Mapping[str, Any], path: Path) -> Path:
         figure.savefig(path)
         plt.close(figure)
     return path
+
+
+def draw_meta(document: Mapping[str, Any], path: Path) -> Path:
+    """Held-out loss on the longest unseen runs: as it is, and relative to DMGD's without a hidden layer."""
+    part = "unseen, 4 times as long"
+    styles = {
+        "muon": ("Muon", COLORS["muon"], "-"),
+        "w2: none": ("no hidden layer", "#000000", "-"),
+        "w2: drawn": ("W₂ as drawn", "#E69F00", "-"),
+        "w2: learned": ("W₂ learned", "#D55E00", "-"),
+        "rates": ("rates learned, no hidden layer", "#000000", "--"),
+        "w2 and rates: learned": ("rates and W₂ learned", "#D55E00", "--"),
+    }
+    tasks = document["scores"][part]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, len(tasks), figsize=(3.7 * len(tasks), 6.2), sharex=True, squeeze=False)
+        for (task, rows), (losses, relative) in zip(tasks.items(), axes.T, strict=True):
+            reference = np.array(rows["w2: none"]["curve"])
+            steps = document["config"]["lengths"][part] * np.arange(1, len(reference) + 1) / len(reference)
+            for row, (label, color, dashes) in styles.items():
+                curve = np.array(rows[row]["curve"])
+                line = dict(color=color, linestyle=dashes, linewidth=1.4)
+                losses.plot(steps, np.exp(curve), label=label, **line)
+                relative.plot(steps, 100 * (np.exp(curve - reference) - 1), **line)
+            losses.set(title=task, yscale="log")
+            losses.yaxis.set_minor_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+            relative.set(xlabel="step")
+        axes[0, 0].set_ylabel("held-out loss")
+        axes[1, 0].set_ylabel("% above no hidden layer")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.savefig(path)
+        plt.close(figure)
+    return path
