@@ -103,7 +103,7 @@ def test_no_features_are_no_hidden_layer(tasks):
 
 
 def test_turned_gradients_and_a_turned_w2_are_a_turned_memory():
-    """Networks whose hidden units point anywhere can teach W₂ no direction, only lengths and angles between its rows."""
+    """Networks whose hidden units point anywhere teach W₂ no direction, only its rows' lengths and angles."""
     grad, w2 = random_w2(1, 64, 32), random_w2(4, 32)
     turn = torch.linalg.qr(random_w2(32, 32)).Q
     memory, turned = (rule.start(grad) for rule in (DMGD(RATES, w2), DMGD(RATES, w2 @ turn)))
@@ -144,6 +144,14 @@ def test_one_network_has_the_same_weights_and_other_data():
     assert all(torch.equal(*pair) for pair in weights.values())
     assert not torch.equal(*x) and not torch.equal(*target)
     assert not torch.equal(weights["up0"], Teacher().weights([1, 2])["up0"])
+
+
+def test_no_byte_sees_those_after_it(tasks):
+    weights, x = tasks["bytes"].weights([1]), random_w2(1, 2, CONTEXT, 32)
+    later = x.clone()
+    later[:, :, 10] += 1
+    changed = (tasks["bytes"]._attend(weights, later) - tasks["bytes"]._attend(weights, x)).abs().amax((0, 1, 3))
+    assert not changed[:10].any() and changed[10:].all()
 
 
 def test_rates_come_back_and_are_always_stable():
@@ -189,6 +197,28 @@ def test_an_arm_moves_what_it_learns_and_nothing_else(monkeypatch):
         assert (w2 - drawn_w2()).abs().max() > 1e-3
         if arm.one_network:
             assert w2.shape[0] == len(Teacher().hidden) and not torch.allclose(w2[0], w2[1])
+
+
+def test_the_meta_loss_is_the_mean_log_loss_of_the_second_half(monkeypatch):
+    monkeypatch.setattr(meta_learning, "TRAINED", {"tanh": (Teacher, "tanh"), "relu": (Teacher, "relu")})
+    record = learn(ARMS["w2"], HAND_SET, 1, Budget(steps=4, iterations=1, stack=2))
+    seeds = [TRAINING_SEEDS + 2, TRAINING_SEEDS + 3]
+    runs = [unroll(Teacher(kind), DMGD(HAND_SET, drawn_w2()), seeds, 4, graph=False) for kind in ("tanh", "relu")]
+    losses = torch.stack([loss for run in runs for loss, _ in list(run)[2:]])
+    assert record["meta_losses"] == [pytest.approx(losses.log().mean().item(), rel=1e-9)]
+
+
+def test_a_row_is_what_its_arm_learned():
+    shared, own = random_w2(16, 32), random_w2(2, 16, 32)
+    record = {"rates": RATES._asdict(), "w2": {"any": shared.tolist(), "images": own.tolist()}}
+    learned = {(arm, 3): record for arm in ARMS}
+
+    def row(name):
+        return meta_scores.make_row(learned, name, 3, "images")
+
+    assert isinstance(row("muon"), Muon) and row("muon").rates == RATES == row("w2: drawn").rates
+    assert torch.equal(row("w2: learned").w2, shared) and torch.equal(row("one network: learned").w2, own)
+    assert torch.equal(row("w2: drawn").w2, drawn_w2()) and len(row("w2: none").w2) == 0 == len(row("rates").w2)
 
 
 def test_meta_training_lowers_the_loss(monkeypatch):
