@@ -21,7 +21,7 @@ from rich.table import Table
 
 from .measure import command, machine, versions
 from .meta_learning import ARMS, HAND_SET, HIDDEN_DIM, TRAINED, Budget, learn
-from .meta_scores import comparisons, parts, score_all, what_moved
+from .meta_scores import comparisons, meta_seeds, parts, runs, score_all, what_moved
 from .plots import draw_meta
 from .tasks.stacked import WIDTH
 from .unroll import Rates
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
     train.add_argument("--meta-seeds", type=_integers, default=[1, 2, 3])
     train.add_argument("--resume", action="store_true", help="keep the finished arms of the JSON file")
     test.add_argument("--seeds", type=_integers, default=list(range(1, 9)))
+    test.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     test.add_argument("--output", type=Path, default=SCORES, help="the JSON file; the plot lies beside it")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -89,14 +90,16 @@ def _test(args: argparse.Namespace, repeat: str) -> int:
     steps = memory["config"]["steps"]
     scores: dict[str, Any] = {}
     start = time.perf_counter()
-    for part, task, row, summary in score_all(learned, args.seeds, steps):
-        scores.setdefault(part, {}).setdefault(task, {})[row] = summary
+    total = len(runs(steps))
+    for count, (run, summary) in enumerate(score_all(learned, args.seeds, steps, args.workers), start=1):
+        scores.setdefault(run.part, {}).setdefault(run.task, {})[run.row] = summary
         seconds = time.perf_counter() - start
-        print(f"{part}: {task}, {row}: {mean(summary['scores']):.4f}  [{seconds:.0f} s]", flush=True)
+        line = f"{run.part}: {run.task}, {run.row}: {mean(summary['scores']):.4f}"
+        print(f"{line}  [{count} of {total}, {seconds:.0f} s]", flush=True)
     document = {
         "benchmark": "meta test", "command": repeat, "machine": machine(), "versions": versions(),
         "config": {
-            "seeds": args.seeds, "meta_seeds": sorted({seed for _, seed in learned}), "training": memory["config"],
+            "seeds": args.seeds, "meta_seeds": meta_seeds(learned), "training": memory["config"],
             "lengths": {part: next(iter(tasks.values()))[1] for part, tasks in parts(steps).items()},
         },
         "what_moved": what_moved(learned),

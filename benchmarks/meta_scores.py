@@ -3,10 +3,12 @@
 The score of a run is the mean logarithm of its held-out loss over the second half: 0.01 more is a loss 1 % higher.
 """
 
+import multiprocessing
 from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from .dmgd import compare
 from .meta_learning import ARMS, TRAINED, TRAINING_SEEDS, drawn_w2, make, make_rule
 from .tasks.stacked import Bytes, Images, StackedTask, Teacher
+from .trials import start_worker
 from .unroll import DMGD, Muon, Rates, unroll
 
 UNSEEN = {
@@ -67,18 +70,47 @@ def parts(steps: int) -> dict[str, dict[str, tuple[Any, int]]]:
     }
 
 
-def score_all(learned: Learned, seeds: list[int], steps: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Yield part, task, row, and the row's scores and curve: [seed], each the mean over meta-seeds."""
+class Run(NamedTuple):
+    """A row on a task, over all seeds and meta-seeds."""
+
+    part: str
+    task: str
+    which: Any  # the task's class and its arguments
+    row: str
+    steps: int
+
+
+def runs(steps: int) -> list[Run]:
+    """Everything there is to score."""
+    return [
+        Run(part, task, which, row, length)
+        for part, tasks in parts(steps).items()
+        for task, (which, length) in tasks.items()
+        for row in (*ROWS, *(ONE_NETWORK if task not in DEEPER else ()))
+    ]
+
+
+def score_all(learned: Learned, seeds: list[int], steps: int, workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Yield every run with its scores [seed] and its curve, means over meta-seeds."""
     if max(seeds) >= TRAINING_SEEDS:
         raise ValueError(f"seeds from {TRAINING_SEEDS} on are for meta-training, got {max(seeds)}")
-    meta_seeds = sorted({meta_seed for _, meta_seed in learned})
-    for part, tasks in parts(steps).items():
-        for task, (which, length) in tasks.items():
-            for row, (name, _) in (ROWS | (ONE_NETWORK if task not in DEEPER else {})).items():
-                problem = make(*which, one_network=ARMS[name].one_network)
-                rules = [make_row(learned, row, meta_seed, problem.family) for meta_seed in meta_seeds]
-                logs = torch.stack([held_out(problem, rule, seeds, length) for rule in rules])
-                yield part, task, row, summarize(logs)
+    one = partial(_score, learned, seeds)
+    if workers <= 1:
+        yield from map(one, runs(steps))
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:  # leaving it ends the workers
+        yield from pool.imap(one, runs(steps))
+
+
+def _score(learned: Learned, seeds: list[int], run: Run) -> tuple[Run, dict[str, Any]]:
+    arm, _ = (ROWS | ONE_NETWORK)[run.row]
+    problem = make(*run.which, one_network=ARMS[arm].one_network)
+    rules = [make_row(learned, run.row, meta_seed, problem.family) for meta_seed in meta_seeds(learned)]
+    return run, summarize(torch.stack([held_out(problem, rule, seeds, run.steps) for rule in rules]))
+
+
+def meta_seeds(learned: Learned) -> list[int]:
+    return sorted({meta_seed for _, meta_seed in learned})
 
 
 def make_row(learned: Learned, row: str, meta_seed: int, family: str) -> Muon | DMGD:

@@ -93,7 +93,7 @@ def _finished(trials: list[Trial], workers: int) -> Iterator[tuple[Trial, Result
     if workers <= 1:
         yield from map(_run, trials)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker) as pool:  # leaving it ends the workers
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:  # leaving it ends the workers
         yield from pool.imap_unordered(_run, trials)
 
 
@@ -101,6 +101,7 @@ def _run(trial: Trial) -> tuple[Trial, Result]:
     return trial, trial.run()
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Set a worker process up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)

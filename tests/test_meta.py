@@ -173,7 +173,7 @@ def test_no_test_data_in_training(monkeypatch, tasks):
         learn(ARMS["hand"], HAND_SET, meta_seed, Budget(steps=2, iterations=3, stack=2))
     assert min(used) >= TRAINING_SEEDS and len(set(used)) == len(used) == 12
     with pytest.raises(ValueError, match="meta-training"):
-        next(score_all({}, [TRAINING_SEEDS], 2))
+        next(score_all({}, [TRAINING_SEEDS], 2, 1))
     train, held = tasks["images"].train[0], tasks["images"].held_out([1])[0][0]
     assert not (train.double()[None] == held[:, None]).all(-1).any()
     text = tasks["bytes"]
@@ -264,7 +264,12 @@ def test_trains_tests_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys
     assert printed.count("muon, meta-seed 1") == printed.count("muon, meta-seed 2") == 1
     learned = json.loads(memory.read_text())["learned"]
     assert [(record["arm"], record["meta_seed"]) for record in learned] == [(arm, s) for s in (1, 2) for arm in ARMS]
-    assert command.main(["meta", "test", "--seeds", "1", "--memory", str(memory), "--output", str(output)]) == 0
+    assert (
+        command.main(
+            ["meta", "test", "--seeds", "1", "--workers", "1", "--memory", str(memory), "--output", str(output)]
+        )
+        == 0
+    )
     document = json.loads(output.read_text())
     assert document["config"]["lengths"] == {"trained on": 2, "unseen": 2, "unseen, 4 times as long": 4}
     assert document["config"]["meta_seeds"] == [1, 2] and document["machine"]["cpu"] and document["versions"]["torch"]
