@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     train.add_argument("--stack", type=int, default=2, help="runs of every task in an iteration")
     train.add_argument("--meta-seeds", type=_integers, default=[1, 2, 3])
     train.add_argument("--resume", action="store_true", help="keep the finished arms of the JSON file")
-    test.add_argument("--seeds", type=_integers, default=list(range(1, 9)))
+    test.add_argument("--seeds", type=_integers, default=list(range(1, 7)))
     test.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     test.add_argument("--output", type=Path, default=SCORES, help="the JSON file; the plot lies beside it")
     args = parser.parse_args(arguments)

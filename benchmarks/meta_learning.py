@@ -26,7 +26,6 @@ HIDDEN_DIM = 16
 NETWORK = 7  # the seed of the network that "one network" is about
 TRAINING_SEEDS = 1_000_000  # and above; tests use seeds below
 RATE_STEP, W2_STEP = 0.15, 0.02  # Adam's: of the rates' logarithms, and of W₂'s entries, which start at 0.18 RMS
-HIDDEN_LR = 0.01  # where it is learned from
 HAND_SET = Rates(lr=0.12, momentum=0.95, inner_lr=0.5, lookahead=2.0)  # the package's, but for lr, which has none
 
 TRAINED = {"teacher tanh": (Teacher, "tanh"), "digits": (Images, "digits"), "stdlib": (Bytes, "stdlib")}
@@ -39,12 +38,14 @@ class Arm:
     Args:
         learns: fields of `Rates`, and "w2" for the hidden weights; without it there are none.
         start: the arm, of the same meta-seed, whose rates are given; None: the hand-set ones.
+        given: hand-set rates that are others in this arm.
         one_network: every run starts from one network, and each of its matrices has a W₂ of its own.
         muon: the rule is Muon's.
     """
 
     learns: tuple[str, ...]
     start: str | None = None
+    given: tuple[tuple[str, float], ...] = ()
     one_network: bool = False
     muon: bool = False
 
@@ -62,9 +63,10 @@ ARMS = {
     "muon": Arm(("lr", "momentum"), muon=True),
     "hand": Arm(("lr",)),
     "rates": Arm(("lr", "momentum", "inner_lr", "lookahead")),
+    "no inner step": Arm(("lr", "momentum", "lookahead"), given=(("inner_lr", 0.0),)),
     "w2": Arm(("w2",), start="hand"),
     "w2 and rates": Arm(("lr", "momentum", "inner_lr", "lookahead", "w2")),
-    "moving w2": Arm(("w2", "hidden_lr"), start="hand"),
+    "moving w2": Arm(("w2", "hidden_lr"), start="hand", given=(("hidden_lr", 0.01),)),
     "one network": Arm(("w2",), start="hand", one_network=True),
 }
 
@@ -110,7 +112,7 @@ def from_free(free: dict[str, Tensor]) -> Rates:
 def learn(arm: Arm, given: Rates, meta_seed: int, budget: Budget) -> dict[str, Any]:
     """Meta-train one arm; return its rates, its W₂ by family of networks, and the meta-loss of every iteration."""
     tasks = [make(*which, one_network=arm.one_network) for which in TRAINED.values()]
-    free = to_free(given._replace(hidden_lr=HIDDEN_LR) if "hidden_lr" in arm.learns else given)
+    free = to_free(given._replace(**dict(arm.given)))
     w2 = initial_w2(arm, tasks)
     groups = [
         {"params": [free[name].requires_grad_() for name in arm.learns if name != "w2"], "lr": RATE_STEP},
@@ -136,7 +138,7 @@ def learn(arm: Arm, given: Rates, meta_seed: int, budget: Budget) -> dict[str, A
         if not math.isfinite(history[-1]):
             raise RuntimeError(f"the meta-loss is not finite at iteration {iteration}; lower the step sizes")
         adam.step()
-    rates = Rates(*(rate.item() for rate in from_free(free)))
+    rates = Rates(*[rate.item() for rate in from_free(free)][: 2 if arm.muon else None])
     kept = {family: _rounded(weights) for family, weights in w2.items()}
     return {"rates": rates._asdict(), "w2": kept, "meta_losses": history}
 

@@ -182,11 +182,10 @@ def test_no_test_data_in_training(monkeypatch, tasks):
 
 def test_an_arm_moves_what_it_learns_and_nothing_else(monkeypatch):
     monkeypatch.setattr(meta_learning, "TRAINED", {"teacher": (Teacher, "tanh")})
-    start = from_free(to_free(HAND_SET))
     for name, arm in ARMS.items():
         record = learn(arm, HAND_SET, 1, Budget(steps=4, iterations=2, stack=1))
-        before = start._replace(hidden_lr=torch.tensor(0.01)) if "hidden_lr" in arm.learns else start
-        moved = {key for key, x in before._asdict().items() if abs(record["rates"][key] - x.item()) > 1e-6}
+        before = Rates(*HAND_SET[:2]) if arm.muon else HAND_SET._replace(**dict(arm.given))
+        moved = {key for key, x in before._asdict().items() if abs(record["rates"][key] - x) > 1e-6}
         # The bound on inner_lr moves with momentum.
         assert moved - {"inner_lr"} == set(arm.learns) - {"w2", "inner_lr"}, name
         if "w2" not in arm.learns:
