@@ -37,9 +37,9 @@ def main(arguments: list[str]) -> int:
     for part in (train, test):
         part.add_argument("--memory", type=Path, default=MEMORY, help="the JSON file of what was learned")
     train.add_argument("--steps", type=int, default=24, help="length of a training run")
-    train.add_argument("--iterations", type=int, default=40, help="steps of Adam")
+    train.add_argument("--iterations", type=int, default=25, help="steps of Adam")
     train.add_argument("--stack", type=int, default=2, help="runs of every task in an iteration")
-    train.add_argument("--meta-seeds", type=_integers, default=[1, 2, 3])
+    train.add_argument("--meta-seeds", type=_integers, default=[1, 2])
     train.add_argument("--resume", action="store_true", help="keep the finished arms of the JSON file")
     test.add_argument("--seeds", type=_integers, default=list(range(1, 7)))
     test.add_argument("--workers", type=int, default=2, help="processes, one thread each")
@@ -108,7 +108,7 @@ def _test(args: argparse.Namespace, repeat: str) -> int:
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_table(document["comparisons"]))
     for arm, moved in document["what_moved"].items():
         numbers = ", ".join(f"{key} {value:.2f}" for key, value in moved.items())

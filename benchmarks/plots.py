@@ -323,7 +323,8 @@ def draw_meta(document: Mapping[str, Any], path: Path) -> Path:
                 losses.plot(steps, np.exp(curve), label=label, **line)
                 relative.plot(steps, 100 * (np.exp(curve - reference) - 1), **line)
             losses.set(title=task, yscale="log")
-            losses.yaxis.set_minor_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+            for formatted in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
+                formatted(FuncFormatter(lambda loss, _: f"{loss:g}"))
             relative.set(xlabel="step")
         axes[0, 0].set_ylabel("held-out loss")
         axes[1, 0].set_ylabel("% above no hidden layer")

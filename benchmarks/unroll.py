@@ -138,6 +138,5 @@ def _adam(averages: tuple[Tensor, Tensor], grad: Tensor, step: int) -> tuple[tup
     (first, second), (beta1, beta2) = averages, AUX_BETAS
     first = beta1 * first + (1 - beta1) * grad
     second = beta2 * second + (1 - beta2) * grad * grad
-    # A floor below every square that counts, where the root has a derivative.
-    root = (second / (1 - beta2**step)).clamp(min=1e-30).sqrt()
+    root = (second / (1 - beta2**step)).sqrt()
     return (first, second), first / (1 - beta1**step) / (root + AUX_EPS)

@@ -138,6 +138,15 @@ def test_a_run_does_not_depend_on_its_stack(tasks, family):
     assert all(torch.equal(a[0], b[1]) for a, b in zip(*held, strict=True))
 
 
+def test_batches_weights_and_held_out_examples_are_drawn_apart(tasks):
+    """The CPU's generator takes 32 bits of a seed: streams offset by more would be one."""
+    (x,), _ = next(tasks["teacher"].batches([6], 1))
+    (held,), _ = tasks["teacher"].held_out([6])
+    (head,) = tasks["teacher"].weights([6])["head"] * 32**0.5
+    for other in (held, head):
+        assert not torch.isclose(x[:, None], other).all(-1).any()
+
+
 def test_one_network_has_the_same_weights_and_other_data():
     task = Teacher(network=7)
     weights, (x, target) = task.weights([1, 2]), next(task.batches([1, 2], 1))

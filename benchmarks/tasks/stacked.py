@@ -59,13 +59,12 @@ class Stacked:
         """Normal entries of variance 1 / inputs."""
         drawn = []
         for seed in seeds:
-            rng = torch.Generator().manual_seed(seed if self.network is None else self.network)
+            rng = _stream(seed if self.network is None else self.network, "weights")
             drawn.append([_normal(shape, rng) / shape[1] ** 0.5 for shape in self.shapes.values()])
         return dict(zip(self.shapes, map(torch.stack, zip(*drawn, strict=True)), strict=True))
 
     def batches(self, seeds: list[int], steps: int) -> Iterator[Batch]:
-        # Another stream than that of the weights, which takes the seed itself.
-        draws = [(self.source(seed), torch.Generator().manual_seed(seed + 2**32)) for seed in seeds]
+        draws = [(self.source(seed), _stream(seed, "batches")) for seed in seeds]
         for _ in range(steps):
             yield _stack([draw(rng) for draw, rng in draws])
 
@@ -94,7 +93,7 @@ class Teacher(Stacked):
         self.activation = {"tanh": torch.tanh, "relu": F.relu, "sin": torch.sin}[activation]
 
     def source(self, seed: int) -> Draw:
-        rng = torch.Generator().manual_seed(seed + 2**33)
+        rng = _stream(seed, "problem")
         first, second = 2 * _normal((WIDTH, WIDTH), rng) / WIDTH**0.5, _normal((WIDTH, self.outputs), rng)
 
         def raw(x: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ class Teacher(Stacked):
         return draw
 
     def held_out(self, seeds: list[int]) -> Batch:
-        return _stack([self.source(seed)(torch.Generator().manual_seed(seed + 2**34), HELD_OUT) for seed in seeds])
+        return _stack([self.source(seed)(_stream(seed, "held out"), HELD_OUT) for seed in seeds])
 
     def loss(self, weights: Weights, batch: Batch) -> Tensor:
         x, target = batch
@@ -206,6 +205,12 @@ class Bytes(Stacked):
 
 
 _BLOCK = {"up": (2 * WIDTH, WIDTH), "down": (WIDTH, 2 * WIDTH)}
+
+
+def _stream(seed: int, purpose: str) -> torch.Generator:
+    """A generator for one purpose; the CPU's takes 32 bits of a seed, so that seeds are spread and not offset."""
+    streams = ("weights", "batches", "problem", "held out")
+    return torch.Generator().manual_seed(len(streams) * seed + streams.index(purpose))
 
 
 def _norm(x: Tensor) -> Tensor:
