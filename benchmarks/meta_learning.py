@@ -63,6 +63,7 @@ ARMS = {
     "muon": Arm(("lr", "momentum"), given=(("momentum", 0.8),), muon=True),
     "hand": Arm(("lr",)),
     "rates": Arm(("lr", "momentum", "inner_lr", "lookahead")),
+    "no inner step": Arm(("lr", "momentum", "lookahead"), given=(("inner_lr", 0.0),)),
     "w2": Arm(("w2",), start="hand"),
     "w2 and rates": Arm(("lr", "momentum", "inner_lr", "lookahead", "w2")),
     "moving w2": Arm(("w2", "hidden_lr"), start="hand", given=(("hidden_lr", 0.01),)),

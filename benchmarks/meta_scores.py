@@ -33,6 +33,7 @@ NONE, DRAWN, LEARNED = "none", "drawn", "learned"
 ROWS = {
     "muon": ("muon", NONE),
     "rates": ("rates", NONE),
+    "no inner step": ("no inner step", NONE),
     **{f"{arm}: {kind}": (arm, kind) for arm in ("w2", "w2 and rates") for kind in (NONE, DRAWN, LEARNED)},
     **{f"moving w2: {kind}": ("moving w2", kind) for kind in (DRAWN, LEARNED)},
 }
@@ -56,6 +57,7 @@ PAIRS = {
     "no hidden layer: rates learned beside W2 - hand-set": ("w2 and rates: none", "w2: none"),
     "Muon - no hidden layer, hand-set rates": ("muon", "w2: none"),
     "Muon - no hidden layer, rates learned": ("muon", "rates"),
+    "no inner step, rates learned - no hidden layer, rates learned": ("no inner step", "rates"),
 }
 
 Learned = dict[tuple[str, int], dict[str, Any]]  # arm, meta-seed: the record of its meta-training

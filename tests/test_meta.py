@@ -216,6 +216,22 @@ def test_the_meta_loss_is_the_mean_log_loss_of_the_second_half(monkeypatch):
     assert record["meta_losses"] == [pytest.approx(losses.log().mean().item(), rel=1e-9)]
 
 
+def test_adam_sees_the_gradient_of_one_iteration_and_ends_in_small_steps(monkeypatch):
+    """Under a loss of lr itself, the meta-loss is what Adam moves, and its gradient is 1."""
+    monkeypatch.setattr(meta_learning, "TRAINED", {"teacher": (Teacher, "tanh")})
+    monkeypatch.setattr(meta_learning, "unroll", lambda task, rule, *_, **__: [(rule.rates.lr.view(1), {})] * 2)
+    seen, step = [], torch.optim.Adam.step
+
+    def spy(adam):
+        (group,) = adam.param_groups
+        seen.append((group["params"][0].grad.item(), group["lr"] / meta_learning.RATE_STEP))
+        return step(adam)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    learn(ARMS["hand"], HAND_SET, 1, Budget(steps=2, iterations=3, stack=1))
+    assert seen == [(pytest.approx(1), pytest.approx(share)) for share in (1, 2 / 3, 1 / 3)]
+
+
 def test_a_row_is_what_its_arm_learned():
     shared, own = random_w2(16, 32), random_w2(2, 16, 32)
     record = {"rates": RATES._asdict(), "w2": {"any": shared.tolist(), "images": own.tolist()}}
@@ -272,13 +288,13 @@ def test_trains_tests_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys
     assert printed.count("muon, meta-seed 1") == printed.count("muon, meta-seed 2") == 1
     learned = json.loads(memory.read_text())["learned"]
     assert [(record["arm"], record["meta_seed"]) for record in learned] == [(arm, s) for s in (1, 2) for arm in ARMS]
-    assert (
-        command.main(
-            ["meta", "test", "--seeds", "1", "--workers", "1", "--memory", str(memory), "--output", str(output)]
-        )
-        == 0
-    )
+    rates = {(record["arm"], record["meta_seed"]): record["rates"] for record in learned}
+    assert rates["w2", 2] == pytest.approx(rates["hand", 2]) and rates["w2", 2]["lr"] != pytest.approx(HAND_SET.lr)
+    files = ["--memory", str(memory), "--output", str(output)]
+    assert command.main(["meta", "test", "--seeds", "1", "--workers", "1", *files]) == 0
     document = json.loads(output.read_text())
     assert document["config"]["lengths"] == {"trained on": 2, "unseen": 2, "unseen, 4 times as long": 4}
+    scores = document["scores"]["unseen"]["teacher relu"]
+    assert scores["one network: none"]["scores"] != pytest.approx(scores["w2: none"]["scores"])  # at the same rates
     assert document["config"]["meta_seeds"] == [1, 2] and document["machine"]["cpu"] and document["versions"]["torch"]
     assert output.with_suffix(".png").stat().st_size > 10_000
