@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import deep_optim
 
-from .optimizers import OPTIMIZERS, Setting
+from .optimizers import OPTIMIZERS, Setting, attach
 from .tasks.sequences import Sequence, make_sequence
 from .training import set_mode, train_step
 
@@ -195,7 +195,11 @@ def run_course(course: Course) -> dict[str, Any]:
     for task in range(course.tasks):
         if course.reset or not optimizers:
             groups = deep_optim.param_groups(model, weight_decay=0.0, memory=sequence.memory)
+            for optimizer in optimizers:
+                if hasattr(optimizer, "inputs"):  # whose hooks would stay
+                    optimizer.inputs.remove()
             optimizers = arm.build(groups, course.lr)
+            attach(optimizers, model, groups)
         for batch in sequence.batches(course.seed, task, course.steps_per_task):
             if not math.isfinite(train_step(lesson, model, optimizers, batch)):
                 return {"diverged": True, "loss": None, "stopped": task}

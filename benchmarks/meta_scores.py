@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dmgd import compare
+from .ablation import compare
 from .meta_learning import ARMS, TRAINED, TRAINING_SEEDS, drawn_w2, make, make_rule
 from .tasks.stacked import Bytes, Images, StackedTask, Teacher
 from .trials import start_worker

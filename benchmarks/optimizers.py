@@ -199,12 +199,15 @@ def build(name: str, task: Task, model: nn.Module, setting: Setting, *, warmup: 
     """The torch optimizers that together train `model` as the table's entry `name` says."""
     # Fused projections stay whole: torch.optim.Muon cannot split them, so ours do not either.
     groups = deep_optim.param_groups(model, weight_decay=task.weight_decay, memory=task.memory)
-    entry = find(name)
-    optimizers = entry.build(groups, setting, task.aux_lr, warmup)
-    if entry.inputs:
-        for optimizer in optimizers:
-            optimizer.inputs = deep_optim.capture_inputs(model, groups)
-    for optimizer in optimizers:
-        if hasattr(optimizer, "watch"):  # a variant that looks at layers in its own way
-            optimizer.watch(model)
+    optimizers = find(name).build(groups, setting, task.aux_lr, warmup)
+    attach(optimizers, model, groups)
     return optimizers
+
+
+def attach(optimizers: list[Optimizer], model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Let those that need more than gradients see the model's layers."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "inputs"):
+            optimizer.inputs = deep_optim.capture_inputs(model, groups)
+        elif hasattr(optimizer, "watch"):  # a variant that looks in its own way
+            optimizer.watch(model)

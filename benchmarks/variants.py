@@ -233,8 +233,8 @@ TABLES: dict[str, dict[str, Variant]] = {
         "Jacobian read-out": (JacobianReadOut, {}),
         "closed-form inner step": (ClosedForm, {}),
         "coordinate-wise MLP": (Coordinates, {}),
-        "inputs to errors, MLP": (InputsToErrors, {}),
-        "inputs to errors, linear": (InputsToErrorsLinear, {}),
+        "MLP from inputs to errors": (InputsToErrors, {}),
+        "linear map from inputs to errors": (InputsToErrorsLinear, {}),
     },
     "target": {
         "dot product": (deep_optim.DMGD, {"inner_lr": 0.0}),

@@ -114,6 +114,12 @@ def test_transposition_commutes(shape):
     torch.testing.assert_close(newton_schulz(matrix.mT), newton_schulz(matrix).mT)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (2, 7), (7, 2)], ids=str)
+def test_can_be_differentiated(shape):
+    """Unrolled training runs go through it, in either form."""
+    assert torch.autograd.gradcheck(newton_schulz, make(shape).requires_grad_())
+
+
 def test_a_stack_is_its_matrices():
     stack = make((3, 2, 5, 9))
     for i in range(3):

@@ -102,10 +102,11 @@ def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor
         return torch.baddbmm(x, *((x, part) if tall else (part, x)), beta=a)
     gram = torch.baddbmm(gram, part, gram, beta=a)  # Z A
     gram = torch.baddbmm(gram, gram, part, beta=a)  # Z A Z
-    part.diagonal(dim1=-2, dim2=-1).add_(a)  # Z
+    z = part.clone()  # autograd still needs the part
+    z.diagonal(dim1=-2, dim2=-1).add_(a)
     a, b, c = polynomials[1]
     product = symmetric_product(gram, add=gram, alpha=c, beta=b)  # Z′ − a I
-    product = torch.baddbmm(part, product, part, beta=a)  # Z′ Z
+    product = torch.baddbmm(z, product, z, beta=a)  # Z′ Z
     return torch.bmm(x, product) if tall else torch.bmm(product, x)
 
 
