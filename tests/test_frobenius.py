@@ -11,7 +11,7 @@ def make(*shape):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-16, 1e-10, 1.0, 1e10, 1e16, 1e19, 1e30])
-@pytest.mark.parametrize("shape", [(300, 200), (2, 3, 5, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1000, 2000), (2, 3, 5, 4), (1, 1)], ids=str)
 def test_is_right_for_any_size(shape, size):
     matrix = make(*shape) * size
     expected = torch.linalg.matrix_norm(matrix, keepdim=True)

@@ -13,7 +13,8 @@ def frobenius_norm(matrix: Tensor) -> Tensor:  # [..., m, n] -> [..., 1, 1]
     copy for it: there float32 is tried first, and kept where it was safe.
     """
     if matrix.is_cpu and matrix.dtype == torch.float32 and matrix.numel() and not torch.compiler.is_compiling():
-        norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+        rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)  # a sum of millions would lose four digits
+        norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
         low, high = torch.aminmax(norm)
         if low > _SAFE[0] and high < _SAFE[1]:
             return norm
