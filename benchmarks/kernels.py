@@ -28,7 +28,7 @@ from deep_optim.ops.newton_schulz import newton_schulz, working_dtype
 from deep_optim.ops.two_sided_delta import two_sided_delta
 
 from .measure import ceilings, command, machine, paired_rounds, summarize, versions, waiting
-from .plots import draw_kernels
+from .timing_plots import draw_kernels
 
 SHAPES: dict[str, tuple[int, int, int]] = {  # stack, rows, columns
     "48 x 64 x 64": (48, 64, 64),

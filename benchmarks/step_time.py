@@ -30,8 +30,8 @@ from .measure import (
     waiting,
 )
 from .optimizers import OPTIMIZERS, Setting, available, build
-from .plots import draw_step_time
 from .tasks.text import ByteGPT
+from .timing_plots import draw_step_time
 
 AGAIN = "adamw (again)"
 GRADIENT_SIZE = 1e-3
