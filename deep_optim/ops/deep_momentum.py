@@ -21,10 +21,10 @@ from .backend import Backend, use_triton
 from .frobenius import frobenius_norm
 from .mlp_memory import MLPMemory, mlp_memory_gradients, sigmoid
 from .newton_schulz import working_dtype
+from .one_stack import one_stack
 from .two_sided_delta import (
     erasure,
     gram_bound,
-    one_stack,
     two_sided_delta,
     two_sided_delta_triton,
     write_and_read,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .frobenius import frobenius_norm
+from .one_stack import one_stack
 from .symmetric_product import symmetric_product
 
 Coefficients = Literal["muon", "polar_express"]
@@ -85,7 +86,7 @@ def newton_schulz(
     if matrix.numel() == 0:
         return matrix.clone()
     m, n = matrix.shape[-2:]
-    x = (matrix / frobenius_norm(matrix)).to(dtype or working_dtype(matrix)).reshape(-1, m, n)
+    x = one_stack((matrix / frobenius_norm(matrix)).to(dtype or working_dtype(matrix)))
     gathered = _GATHERED[coefficients] if max(m, n) >= _LONG * min(m, n) else 1
     for start in range(0, steps, gathered):
         x = _iterate(x, polynomials[start : start + gathered])

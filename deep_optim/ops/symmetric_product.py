@@ -9,12 +9,11 @@ Xᵀ X is the product of X.mT: strides are read as they are, so that nothing is 
 Accumulated in float32; float32 operands are multiplied by tf32x3, which is as exact as float32.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, Backend, on_device_of, tl, triton, use_triton
+from .one_stack import one_stack
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,19 +51,21 @@ def symmetric_product(
             bound is a prediction from published numbers.
     """
     tensors = (x,) if add is None else (x, add)
-    triton = use_triton(backend, *tensors, dtypes=_DTYPES) and (backend == "triton" or min(x.shape[-2:]) >= _WORTH)
+    worth = backend != "auto" or min(x.shape[-2:]) >= _WORTH  # first: on a CPU Newton-Schulz asks ten times a step
+    triton = worth and use_triton(backend, *tensors, dtypes=_DTYPES)
     step = _symmetric_product_triton if triton else symmetric_product_reference
     return step(x, add, alpha, beta)
 
 
 def symmetric_product_reference(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     """The equation as written; the ground truth that the other path is tested against."""
-    *batch, m, n = x.shape
-    flat = x.reshape(math.prod(batch), m, n)
+    flat = one_stack(x)
     if add is None:
-        product = torch.bmm(flat, flat.mT)  # where `@` would copy what is transposed
-        return (product if alpha == 1 else alpha * product).reshape(*batch, m, m)
-    return torch.baddbmm(add.reshape(len(flat), m, m), flat, flat.mT, beta=beta, alpha=alpha).reshape(*batch, m, m)
+        product = torch.bmm(flat, flat.mT)
+        product = product if alpha == 1 else alpha * product
+    else:
+        product = torch.baddbmm(one_stack(add), flat, flat.mT, beta=beta, alpha=alpha)
+    return product.reshape(*x.shape[:-1], x.shape[-2])
 
 
 if HAS_TRITON:
@@ -113,9 +114,9 @@ if HAS_TRITON:
 
 
 def _symmetric_product_triton(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
-    *batch, m, n = x.shape
-    flat = x.reshape(math.prod(batch), m, n)
-    out = x.new_empty(*batch, m, m)
+    m, n = x.shape[-2:]
+    flat = one_stack(x)
+    out = x.new_empty(*x.shape[:-2], m, m)
     tiles = _tiles(len(flat), m, x.dtype)
     programs = len(flat) * _triangle(m, tiles["BLOCK"])
     if programs:

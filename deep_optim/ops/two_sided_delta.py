@@ -26,6 +26,7 @@ from .deep_momentum_triton import update_memory, write_operands
 from .frobenius import frobenius_norm
 from .mlp_memory import MLPMemory
 from .newton_schulz import working_dtype
+from .one_stack import one_stack
 
 GramNorm = Literal["eigenvalue", "trace"]
 
@@ -132,11 +133,6 @@ def two_sided_delta_triton(
     rate = short if short == long else 1.0
     linear, read = update_memory(operands, factors, linear, flat, w1, decay=decay, rate=rate, lookahead=lookahead)
     return linear.reshape(written.shape), w1.reshape(memory.w1.shape), read.reshape(written.shape)
-
-
-def one_stack(matrix: Tensor) -> Tensor:  # [..., m, n] -> [B, m, n]
-    """Return the matrices with one leading dimension, which `torch.bmm` takes; `@` copies what is transposed."""
-    return matrix.reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
 
 
 def write_and_read(

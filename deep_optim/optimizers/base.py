@@ -21,7 +21,7 @@ from .adamw import adamw_step, init_adamw_state
 from .checkpoint import ExactStateMixin
 from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
-from .rounding import COMPENSATION, from_master, init_compensation, to_master
+from .rounding import COMPENSATION, exact_dtype, from_master, init_compensation, to_master
 from .sharding import local, local_of, whole
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
@@ -173,7 +173,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter that has seen no gradient."""
-        like = torch.empty_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+        like = torch.empty_like(param, dtype=exact_dtype(param))
         compensation = init_compensation(param, group)
         if not has_memory(param, group):
             return init_adamw_state(like, group) | compensation
@@ -192,12 +192,11 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Step parameters of one shape; with m × n matrices and B = split · len(params), all is [B, m, n]."""
         shape = matrix_shape(params[0], group)
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
         states = [self.state[param] for param in params]
         for state in states:
             if "step" in state:
                 state["step"] += 1
-        grad = matrices([param.grad for param in params], shape, dtype)  # type: ignore[misc]
+        grad = matrices([param.grad for param in params], shape, exact_dtype(params[0]))  # type: ignore[misc]
         names = [name for name in states[0] if name not in self.per_parameter]
         before = {name: _stack([as_matrices(state[name], params[0], shape) for state in states]) for name in names}
         stacked = before | self.observed(params, group)
@@ -209,7 +208,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         for name in names:
             if stacked[name] is not before[name]:
                 _unstack([state[name] for state in states], stacked[name])
-        _descend(params, states, direction if pull is None else direction + pull, group)
+        descend(params, states, direction if pull is None else direction + pull, group)
 
 
 def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -256,7 +255,7 @@ def only_makes_state(param: Tensor, group: dict[str, Any]) -> bool:
     return not capturing(param) and group["lr"] == 0 and not whole(param.grad).any()  # type: ignore[arg-type]
 
 
-def _descend(params: list[Tensor], states: list[dict[str, Tensor]], direction: Tensor, group: dict[str, Any]) -> None:
+def descend(params: list[Tensor], states: list[dict[str, Tensor]], direction: Tensor, group: dict[str, Any]) -> None:
     """W ← (1 − lr · weight_decay) · W − lr · D, in place, for parameters that share out the stack D."""
     lr, weight_decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):

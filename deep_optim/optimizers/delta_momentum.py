@@ -20,7 +20,7 @@ c = s / inner_lr, where K = φ(G) / s, makes what is written φ(G) itself, so th
 erases once for each side and writes once, and so do several inner steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,9 +33,9 @@ from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.newton_schulz import Coefficients
 from deep_optim.ops.two_sided_delta import GramNorm, most_erased, two_sided_delta
 
-from .base import MemoryOptimizer, _descend
+from .base import MemoryOptimizer, descend
 from .matrices import matrix_shape
-from .output_map import OutputMap, apply_output
+from .output_map import OutputMap
 from .validation import check_at_least, check_choice, check_count
 
 Side = Literal["right", "left", "both"]
@@ -162,17 +162,17 @@ class DeltaMomentum(MemoryOptimizer):
         return feature_map(grad, group["feature_map"])
 
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        right, left = (group["inner_lr"] * (group["side"] in (side, "both")) for side in ("right", "left"))
-        tall = written.shape[-2] >= written.shape[-1]
+        rule = _rule(group, written.shape)
+        short, long = rule.short_and_long()
         state["memory"], direction = two_sided_delta(
             state["memory"],
             written,
-            decay=group["momentum"],
-            short=right if tall else left,
-            long=left if tall else right,
-            inner_steps=group["inner_steps"],
-            gram_norm=group["gram_norm"],
-            lookahead=group["lookahead"] if group["nesterov"] else None,
+            decay=rule.decay,
+            short=short,
+            long=long,
+            inner_steps=rule.inner_steps,
+            gram_norm=rule.gram_norm,
+            lookahead=rule.lookahead,
             backend=group["backend"],
         )
         return direction
@@ -186,24 +186,35 @@ class DeltaMomentum(MemoryOptimizer):
         if plain or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
             return
-        right, left = (group["inner_lr"] * (group["side"] in (side, "both")) for side in ("right", "left"))
-        rule = DeltaRule(
-            shape=matrix_shape(params[0], group),
-            decay=group["momentum"],
-            right=right,
-            left=left,
-            inner_steps=group["inner_steps"],
-            gram_norm=group["gram_norm"],
-            features=group["feature_map"],
-            lookahead=group["lookahead"] if group["nesterov"] else None,
-            maximize=group["maximize"],
-        )
-        lr, weight_decay, backend = group["lr"], group["weight_decay"], group["backend"]
+        rule, backend = _rule(group, matrix_shape(params[0], group)), group["backend"]
         if group["output"] == "identity":
+            lr, weight_decay = group["lr"], group["weight_decay"]
             delta_momentum_step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay, backend=backend)
         else:
             direction = delta_momentum_read(grads, memories, rule, backend=backend)
-            _descend(params, states, apply_output(direction, direction, {}, group), group)
+            descend(params, states, self.output(direction, direction, {}, group), group)
+
+
+def _rule(group: Mapping[str, Any], shape: Sequence[int]) -> DeltaRule:
+    """Return what a group says of stacks or parameters of this shape."""
+    stack, m, n = shape
+    right, left = (group["inner_lr"] * (group["side"] in (side, "both")) for side in ("right", "left"))
+    return DeltaRule(
+        shape=(stack, m, n),
+        decay=group["momentum"],
+        right=right,
+        left=left,
+        inner_steps=group["inner_steps"],
+        gram_norm=group["gram_norm"],
+        features=group["feature_map"],
+        lookahead=read_out(group),
+        maximize=group["maximize"],
+    )
+
+
+def read_out(group: Mapping[str, Any]) -> float | None:
+    """Return how many times the write counts again in what is read; None if the memory alone is read."""
+    return group["lookahead"] if group["nesterov"] else None
 
 
 def check_read_and_steps(group: Mapping[str, Any]) -> None:

@@ -31,10 +31,11 @@ from deep_optim.ops.mlp_memory import MLPMemory
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer, as_matrices, capturing
-from .delta_momentum import check_read_and_steps, check_stable
+from .delta_momentum import check_read_and_steps, check_stable, read_out
 from .matrices import has_memory, matrix_shape
 from .memory_report import MemoryReport, report
 from .output_map import OutputMap
+from .rounding import exact_dtype
 from .sharding import local, whole
 from .validation import check_at_least, check_choice, check_count
 
@@ -179,7 +180,7 @@ class DMGD(MemoryOptimizer):
             inner_lr=group["inner_lr"],
             inner_steps=group["inner_steps"],
             hidden_lr=group["hidden_lr"],
-            lookahead=group["lookahead"] if group["nesterov"] else None,
+            lookahead=read_out(group),
             backend=group["backend"],
         )
         state.update(zip(_NAMES, memory, strict=True))
@@ -253,5 +254,5 @@ def _not_finite(params: list[Tensor]) -> list[Tensor]:
 
 def _summable(grad: Tensor) -> bool:
     """Return whether the norm of `grad` leaves room for the sum of a thousand like it in the dtype of the state."""
-    limit = torch.finfo(torch.promote_types(grad.dtype, torch.float32)).max / 1000
+    limit = torch.finfo(exact_dtype(grad)).max / 1000
     return bool(frobenius_norm(grad.flatten()[None].to(torch.float64)) < limit)

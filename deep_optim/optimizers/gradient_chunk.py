@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .rounding import exact_dtype
+
 Reduction = Literal["mean", "sum"]
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -25,7 +27,7 @@ def make_chunks(params: Iterable[Tensor], state: State) -> None:
     """Give every parameter that has a gradient an empty chunk, unless it has one."""
     for param in params:
         if param.grad is not None and NAMES[0] not in state[param]:
-            state[param]["chunk_sum"] = torch.zeros_like(param, dtype=_precise(param))
+            state[param]["chunk_sum"] = torch.zeros_like(param, dtype=exact_dtype(param))
             state[param]["chunk_count"] = torch.zeros((), dtype=torch.int64)
 
 
@@ -88,10 +90,6 @@ def restored(param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{tuple(param.size())}"
         )
     return {
-        "chunk_sum": saved["chunk_sum"].to(param.device, _precise(param), copy=True),
+        "chunk_sum": saved["chunk_sum"].to(param.device, exact_dtype(param), copy=True),
         "chunk_count": torch.tensor(int(saved["chunk_count"])),
     }
-
-
-def _precise(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)

@@ -18,6 +18,7 @@ from deep_optim.ops.times_gram import times_gram
 
 from .base import MemoryOptimizer, only_makes_state
 from .matrices import has_memory
+from .rounding import exact_dtype
 from .validation import check_choice
 
 Missing = Literal["error", "gradient"]
@@ -100,7 +101,7 @@ class InputKeyedOptimizer(MemoryOptimizer):
             return {}
         rows, grams = zip(*(self._inputs.keys(param) for param in params), strict=True)  # type: ignore[union-attr]
         name, parts = (_GRAM, grams) if rows[0] is None else (_ROWS, rows)
-        return {name: (parts[0] if len(parts) == 1 else torch.cat(parts)).to(_dtype(params[0]))}
+        return {name: (parts[0] if len(parts) == 1 else torch.cat(parts)).to(exact_dtype(params[0]))}
 
     def times_keys(self, matrix: Tensor, written: Tensor, state: dict[str, Tensor]) -> Tensor:  # [B, m, n]
         """Return `matrix` Σ: by the keys or by their Gram where inputs were captured, else by the gradient's."""
@@ -119,7 +120,3 @@ def _in_groups(matrix: Tensor, keys: Tensor, product: Any) -> Tensor:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # ranks are asked, and the host waits for their answer
 def _collect(inputs: InputCapture) -> None:
     inputs.collect()
-
-
-def _dtype(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)

@@ -24,9 +24,14 @@ def init_compensation(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tens
     return {COMPENSATION: torch.zeros_like(param)} if group["kahan_sum"] and is_low(param) else {}
 
 
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float32, or float64 for float64: what is computed and kept in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def is_low(param: Tensor) -> bool:
     """Return whether a parameter has less than float32's precision."""
-    return torch.promote_types(param.dtype, torch.float32) != param.dtype
+    return exact_dtype(param) != param.dtype
 
 
 def to_master(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -34,7 +39,7 @@ def to_master(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     shard = local(param)
     if not is_low(param):
         return shard
-    master = shard.to(torch.promote_types(param.dtype, torch.float32))
+    master = shard.to(exact_dtype(param))
     return master.add_(local(state[COMPENSATION])) if COMPENSATION in state else master
 
 
