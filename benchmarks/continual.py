@@ -59,14 +59,6 @@ def _tabled(groups: Groups, lr: float, *, name: str) -> list[Optimizer]:
     return entry.build(groups, Setting(lr, entry.seconds[1]), lr, 1)
 
 
-def _ademamix(groups: Groups, lr: float) -> list[Optimizer]:
-    from pytorch_optimizer import AdEMAMix
-
-    # The slow average remembers 1,000 steps, as long as these runs; at its default it would not begin to move.
-    params = [param for group in groups for _, param in group["params"]]
-    return [AdEMAMix(params, lr=lr, betas=(0.9, 0.95, 0.999), alpha=5.0)]
-
-
 def _paced(groups: Groups, lr: float, *, name: str, period: int = 1, slower: int = 1) -> list[Optimizer]:
     """An optimizer of the table whose hidden matrices step every `period` steps, or at a `slower` times lower rate."""
     (optimizer,) = _tabled(groups, lr, name=name)
@@ -85,7 +77,6 @@ def _from_table(name: str) -> Arm:
 _ADAMW, _MOMENTUM = OPTIMIZERS["adamw"].lowest_lr, OPTIMIZERS["momentum"].lowest_lr
 
 ARMS = {name: _from_table(name) for name in OPTIMIZERS} | {
-    "ademamix": Arm("AdEMAMix", _ademamix, _ADAMW, "pytorch_optimizer"),
     "multi_frequency": Arm(
         f"MultiFrequency({PERIOD}) of AdamW (ours)", partial(_paced, name="adamw", period=PERIOD), _ADAMW,
         against="low_rate",

@@ -26,7 +26,6 @@ from .plots import COLORS, STYLE
 MEASURES = ("right_after", "final", "backward_transfer", "forgetting")
 MODES = {"carried": False, "reset": True}
 _MORE_COLORS = {  # an arm and the lower rate that it is compared with share one; references and lower rates are dashed
-    "ademamix": "#117733",
     "multi_frequency": "#332288",
     "low_rate": "#332288",
     "multi_frequency_momentum": "#AA4499",

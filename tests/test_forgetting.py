@@ -1,7 +1,6 @@
 """The benchmark of forgetting: its sequences, what its arms remember, and what it makes of their scores."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,6 @@ from benchmarks.tasks.sequences import make_sequence
 from deep_optim import MultiFrequency, param_groups
 
 DIGITS = {"images": "digits", "tasks": 3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """`torch.set_num_threads` is global, and the benchmarks set it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def course(optimizer: str, lr: float, reset: bool = False, seed: int = 1) -> Course:

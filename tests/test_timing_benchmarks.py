@@ -17,15 +17,6 @@ from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.step_time import SHAPES, bytes_and_flops, timed
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """`torch.set_num_threads` is global, and the benchmarks set it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_transient_memory_is_the_peak_of_what_lives_at_once():
     kept = torch.zeros(1000)
     with TransientMemory() as memory:
