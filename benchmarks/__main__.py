@@ -17,6 +17,7 @@ BENCHMARKS = {
     "memory": "what a DMGD memory knows about the gradients, over a training run",
     "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
+    "overhead": "what watching inputs and chunks of gradients add to a training step",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
 }
 

@@ -179,6 +179,9 @@ TUNED = {
         "delta_momentum": Setting(lr=1.2e-2, second=0.9),
         "dmgd": Setting(lr=1.2e-2, second=0.95),
         "dmgd_linear": Setting(lr=1.2e-2, second=0.95),
+        "m3": Setting(lr=1.2e-2, second=0.8),
+        "input_delta": Setting(lr=1.2e-2, second=0.8),
+        "dgd": Setting(lr=1.2e-2, second=0.8),
     },
 }
 

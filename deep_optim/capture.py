@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .layer_inputs import number_of_rows, reading, spread_places, unit_rows
+from .layer_inputs import number_of_rows, reading, spread_places, unit_rows, usual_sample
 
 
 class InputKeys(NamedTuple):
@@ -36,7 +36,7 @@ def capture_inputs(
     model: nn.Module,
     params: Iterable[Any] | None = None,
     *,
-    every: int = 8,
+    every: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> "InputCapture":
     """Watch what goes into the linear layers and convolutions of `model`, for the optimizers that take `inputs`.
@@ -54,8 +54,9 @@ def capture_inputs(
         model: bare or wrapped (DDP, FSDP2). The weights of `nn.Linear` and `nn.Conv1d` to `nn.Conv3d` are watched, not
             those that are used without a call of their module, as in `nn.MultiheadAttention`.
         params: the parameters or parameter groups to watch, without groups of `rule="adamw"`; by default all.
-        every: take one token of so many, at fixed places that do not line up with sequences. The Gram is a mean over
-            tokens, so that its error falls with the root of their number and its cost with the number: 8.
+        every: take one token (a patch, for a convolution) of so many, at fixed places that do not line up with
+            sequences. The Gram is a mean over tokens: its error falls with the root of their number, its cost with the
+            number. By default 8, and for a kernel of k places 8 k, which looks at the same share of the numbers.
         process_group: the ranks that see other data, whose Grams are summed at the step; by default all ranks, if
             `torch.distributed` is initialised. Each step reduces n² numbers per layer.
 
@@ -72,7 +73,7 @@ def capture_inputs(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"capture_inputs takes a module, got {type(model).__name__}")
-    if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
+    if every is not None and (not isinstance(every, Integral) or isinstance(every, bool) or every < 1):
         raise ValueError(f"Invalid every value: {every}")
     wanted = None if params is None else set(_flatten(params))
     modules = [
@@ -84,14 +85,14 @@ def capture_inputs(
     ]
     if not modules:
         raise ValueError("the model has no linear layer or convolution to capture the inputs of")
-    return InputCapture(modules, int(every), process_group)
+    return InputCapture(modules, every, process_group)
 
 
 class InputCapture:
     """What `capture_inputs` returns, for an optimizer's `inputs`. Leaving its `with` block removes the hooks."""
 
     def __init__(
-        self, modules: Iterable[Any] = (), every: int = 1, process_group: "dist.ProcessGroup | None" = None
+        self, modules: Iterable[Any] = (), every: int | None = None, process_group: "dist.ProcessGroup | None" = None
     ) -> None:
         self._every, self._process_group = every, process_group
         self._seen = {module: _Sum() for module in modules}  # by module: a sharding wrapper exchanges its weight
@@ -188,19 +189,22 @@ class InputCapture:
                 return
         with torch.no_grad(), _full_precision(x.device.type):
             if compiling:  # equal products are merged by the compiler
-                places = spread_places(number_of_rows(module, x), self._every, x.device)
+                places = spread_places(number_of_rows(module, x), self._every_of(module), x.device)
                 inputs.add_gram(_gram(unit_rows(module, x.detach(), places)))
             else:
                 inputs.add(self._rows(module, x))
+
+    def _every_of(self, module: Any) -> int:
+        return usual_sample(module) if self._every is None else int(self._every)
 
     def _rows(self, module: Any, x: Tensor) -> "_Rows":
         """The rows of an input, the same object for layers that are called with it in a row."""
         how = x._version, reading(module)
         if self._latest is not None and self._latest[0]() is x and self._latest[1] == how:
             return self._latest[2]
-        asked = number_of_rows(module, x), x.device
+        asked = number_of_rows(module, x), self._every_of(module), x.device
         if asked not in self._places:
-            self._places[asked] = spread_places(asked[0], self._every, asked[1])
+            self._places[asked] = spread_places(*asked)
         rows = _Rows(unit_rows(module, x.detach(), self._places[asked]))
         self._latest = ref(x), how, rows
         return rows

@@ -30,7 +30,16 @@ def number_of_rows(layer: Any, x: Tensor) -> int:
     """Return how many rows the layer's input `x` has."""
     if isinstance(layer, nn.Linear):
         return math.prod(x.shape[:-1])
-    return _patches(layer, x)[..., 0].shape[: len(layer.kernel_size) + 1].numel()
+    return math.prod(_places_of_patches(layer, x))
+
+
+def usual_sample(layer: Any) -> int:
+    """Return how many rows one is taken of by default: 8, and 8 times as many where a kernel has as many places.
+
+    A kernel of 9 places sees each number of the input 9 times, and its Gram would cost 9 times as much beside the layer
+    as that of a linear one.
+    """
+    return 8 * math.prod(getattr(layer, "kernel_size", ()))
 
 
 def spread_places(rows: int, every: int, device: torch.device) -> Tensor:
@@ -51,10 +60,23 @@ def reading(layer: Any) -> tuple[Any, ...] | None:
 def _rows(layer: Any, x: Tensor, places: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]).index_select(0, places)[None]
-    patches = _patches(layer, x)
-    leading = patches.shape[: len(layer.kernel_size) + 1]
-    chosen = patches[torch.unravel_index(places, leading)]  # [N, C, *kernel]
+    chosen = _patches(layer, x)[torch.unravel_index(places, _places_of_patches(layer, x))]  # [N, C, *kernel]
     return chosen.reshape(len(places), layer.groups, math.prod(layer.weight.shape[1:])).transpose(0, 1)
+
+
+def _places_of_patches(conv: Any, x: Tensor) -> tuple[int, ...]:  # B, *O
+    """Return the shape of the output, without its channels."""
+    spatial = len(conv.kernel_size)
+    padding = conv._reversed_padding_repeated_twice  # left and right of the last dimension first
+    kernel = zip(x.shape[-spatial:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    return (
+        math.prod(x.shape[: -spatial - 1]),
+        *(
+            (side + padding[2 * (spatial - 1 - d)] + padding[2 * (spatial - 1 - d) + 1] - gap * (size - 1) - 1) // step
+            + 1
+            for d, (side, size, step, gap) in enumerate(kernel)
+        ),
+    )
 
 
 def _patches(conv: Any, x: Tensor) -> Tensor:  # -> [B, *O, C, *kernel]

@@ -340,12 +340,22 @@ def test_a_sample_is_of_the_same_tokens_for_every_layer_and_draws_nothing():
     torch.testing.assert_close(capture.gram(model[2].weight), mean_gram(model[:2](rows).detach()))
 
 
-def test_a_sampled_convolution_sees_whole_patches():
+@pytest.mark.parametrize(("every", "one_in"), [(4, 4), (None, 8 * 9)])
+def test_a_sampled_convolution_sees_whole_patches(every, one_in):
+    """By default fewer of them, the more places the kernel has: as many numbers as of a linear layer's input."""
     conv, x = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64), draw(4, 2, 5, 5)
-    capture = capture_inputs(conv, every=4)
+    capture = capture_inputs(conv, every=every)
     conv(x)
-    patches = F.unfold(x, 3, padding=1).mT.reshape(-1, 18)[spread_places(100, 4, x.device)]
+    patches = F.unfold(x, 3, padding=1).mT.reshape(-1, 18)[spread_places(100, one_in, x.device)]
     torch.testing.assert_close(capture.gram(conv.weight), mean_gram(patches))
+
+
+def test_a_linear_layer_is_sampled_at_one_token_in_eight_by_default():
+    layer, x = nn.Linear(5, 3, dtype=torch.float64), draw(4, 20, 5)
+    capture = capture_inputs(layer)
+    layer(x)
+    rows = x.flatten(0, 1)[spread_places(80, 8, x.device)]
+    torch.testing.assert_close(capture.gram(layer.weight), mean_gram(rows))
 
 
 def test_capturing_changes_nothing_in_training():
@@ -439,10 +449,11 @@ def one_process(tmp_path, monkeypatch):
 def test_ranks_agree_on_the_mean_over_all_of_their_inputs(one_process, tmp_path):
     """Two ranks of gloo, each in a thread of its own. One has few tokens and keeps rows, the other keeps a Gram."""
     x = draw(12, 4)
+    models = [net(), net()]  # made here: threads share the generator that initialises them
 
     def rank(number):
         group = torch.distributed.ProcessGroupGloo(torch.distributed.FileStore(str(tmp_path / "pair")), number, 2)
-        model, experts = net(), nn.ModuleList([nn.Linear(4, 4, dtype=torch.float64) for _ in range(4)])
+        model, experts = models[number], nn.ModuleList([nn.Linear(4, 4, dtype=torch.float64) for _ in range(4)])
         capture = capture_inputs(nn.ModuleList([model, experts]), every=1, process_group=group)
         backward(model, x[:2] if number == 0 else x[2:])
         if number == 1:
