@@ -113,6 +113,10 @@ class Course:
     reset: bool  # whether every task starts with a fresh optimizer
 
     @property
+    def label(self) -> str:
+        return f"{self.optimizer} lr={self.lr:g} seed={self.seed}"
+
+    @property
     def steps(self) -> int:
         return self.tasks * self.steps_per_task
 

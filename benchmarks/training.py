@@ -33,6 +33,10 @@ class Trial:
     def setting(self) -> Setting:
         return Setting(self.lr, self.second)
 
+    @property
+    def label(self) -> str:
+        return f"{self.optimizer} lr={self.lr:g} seed={self.seed}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"options": dict(self.options)}
 

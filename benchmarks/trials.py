@@ -60,11 +60,11 @@ class Meter:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def advance(self, phase: str, trial: Trial, result: Result) -> None:
+    def advance(self, phase: str, trial: Any, result: Result) -> None:
         """Count a finished trial and show it."""
         self.done += trial.steps
         loss = "diverged" if result["diverged"] else f"{result['loss']:.4g}"
-        line = f"{phase}: {trial.optimizer} lr={trial.lr:g} seed={trial.seed} -> {loss}"
+        line = f"{phase}: {trial.label} -> {loss}"
         self.bar.update(self.task, description=line, completed=self.done, total=max(self.total, self.done))
         if self.bar.disable:
             elapsed = time.perf_counter() - self.start
