@@ -1,0 +1,38 @@
+"""The state of a recurrent model, a nested dict of tensors and nothing else; and where its chunks end."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+State = dict[str, Any]  # of tensors and further dicts of them
+
+
+def check_state(state: State, expected: State, where: str = "state") -> None:
+    """Raise ValueError unless `state` has the names, shapes, dtypes and devices of `expected`, a fresh one."""
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        held = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{where} is of another layer: expected a dict of {sorted(expected)}, got {held}")
+    for name, like in expected.items():
+        tensor, place = state[name], f"{where}[{name!r}]"
+        if isinstance(like, dict):
+            check_state(tensor, like, place)
+        elif not isinstance(tensor, Tensor) or tensor.shape[1:] != like.shape[1:] or tensor.ndim != like.ndim:
+            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{place} is of another layer: expected shape {list(like.shape)}, got {shape}")
+        elif tensor.shape != like.shape:
+            raise ValueError(f"{place} is of {len(tensor)} samples, the input of {len(like)}")
+        elif (tensor.dtype, tensor.device) != (like.dtype, like.device):
+            raise ValueError(
+                f"{place} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; move it there"
+            )
+
+
+def cut(length: int, step: int, chunk_size: int) -> Iterator[tuple[bool, slice]]:
+    """Yield pieces of a sequence, cut where a chunk ends when `step` tokens came before; and whether a chunk begins."""
+    start = 0
+    while start < length:
+        offset = (step + start) % chunk_size
+        stop = min(length, start + chunk_size - offset)
+        yield offset == 0, slice(start, stop)
+        start = stop
