@@ -54,7 +54,7 @@ class SelfModifyingTitans(nn.Module):
         chunk_size: tokens taken at once by the main memory. A matter of cost for "linear", of the model for "mlp".
         projection_chunk_size: tokens between two looks at what the memories of projections hold.
         adapt: which projections have a memory: any of "key", "value", "query", "lr", "retention".
-        momentum: how much of a write is repeated at the next token; 0 is none, Titans' is a learned one.
+        momentum: if not 0, writes are averaged over tokens with this decay before they reach a memory (Titans).
         hidden: features of an "mlp" memory; 2 dim / heads by default.
 
     Raises:
@@ -87,7 +87,7 @@ class SelfModifyingTitans(nn.Module):
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         super().__init__()
-        self.dim, self.heads, self.memory, self.momentum = dim, heads, memory, momentum
+        self.dim, self.heads, self.memory, self.adapt, self.momentum = dim, heads, memory, adapt, momentum
         self.chunk_size, self.projection_chunk_size = chunk_size, projection_chunk_size
         width = dim // heads
         main = ("memory",) if memory == "linear" else ()  # first: the rows that answer the query
@@ -172,7 +172,7 @@ class SelfModifyingTitans(nn.Module):
                 token["key"],
                 value,
                 token["log_decay"],
-                token["rate"],
+                (1 - self.momentum) * token["rate"],  # an average of writes, not a sum: it would diverge
                 stack["change"],
                 stack.get("velocity"),
                 momentum=self.momentum,
@@ -207,7 +207,7 @@ class SelfModifyingTitans(nn.Module):
                 key,
                 soft(read_residual_mlp(frozen, value)),
                 log_decay,
-                beta,
+                (1 - self.momentum) * beta,
                 initial,
                 frozen,
                 (w1["change"], w2["change"]),
@@ -241,7 +241,7 @@ class SelfModifyingTitans(nn.Module):
             "key": unit(key),
             "value": value,
             "log_decay": F.logsigmoid(retention)[..., 0],
-            "rate": 2 * lr.sigmoid()[..., 0],
+            "rate": 2 * lr.sigmoid()[..., 0],  # b
         }
 
     def _own_values(self, value: Tensor, boxes: Tensor) -> Tensor:  # [B, H, L, d] -> [B, H, L, rows]
