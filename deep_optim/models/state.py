@@ -1,6 +1,6 @@
 """The state of a recurrent model, a nested dict of tensors and nothing else; and where its chunks end."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +10,7 @@ State = dict[str, Any]  # of tensors and further dicts of them
 
 def check_state(state: State, expected: State, where: str = "state") -> None:
     """Raise ValueError unless `state` has the names, shapes, dtypes and devices of `expected`, a fresh one."""
-    if not isinstance(state, dict) or state.keys() != expected.keys():
-        held = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{where} is of another layer: expected a dict of {sorted(expected)}, got {held}")
+    check_names(state, expected, where)
     for name, like in expected.items():
         tensor, place = state[name], f"{where}[{name!r}]"
         if isinstance(like, dict):
@@ -26,6 +24,24 @@ def check_state(state: State, expected: State, where: str = "state") -> None:
             raise ValueError(
                 f"{place} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; move it there"
             )
+
+
+def check_names(state: State, names: Collection[str], where: str = "state") -> None:
+    """Raise ValueError unless `state` is a dict with these names, whose values their own layers check."""
+    if not isinstance(state, dict) or state.keys() != set(names):
+        held = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{where} is of another layer: expected a dict of {sorted(names)}, got {held}")
+
+
+def size_of(state: State, name: str, dim: int) -> int:
+    """Return the size of a tensor that grows, and 0 if there is none: what `check_state` cannot know beforehand."""
+    tensor = state.get(name) if isinstance(state, dict) else None
+    return tensor.shape[dim] if isinstance(tensor, Tensor) and tensor.ndim > dim else 0
+
+
+def detach(state: State) -> State:
+    """Return the same state without its history: what truncated backpropagation hands on to the next piece."""
+    return {name: each.detach() if isinstance(each, Tensor) else detach(each) for name, each in state.items()}
 
 
 def cut(length: int, step: int, chunk_size: int) -> Iterator[tuple[bool, slice]]:

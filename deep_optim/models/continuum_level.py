@@ -1,0 +1,176 @@
+"""One level of a continuum memory: an MLP block that learns from its context, a chunk at a time.
+
+    y_t  = f(W; x_t)                                        read, at the weights of the chunk's start
+    v_t  = f(W₀; x_{t−1}) + V x_t                           what x_{t−1} should have been answered
+    η_t  = inner_lr · 2 σ(⟨g, x_t⟩)
+    G    = ∇_W 1/(2 C D) Σ_{t in chunk} η_t ‖f(W; x_{t−1}) − v_t‖²
+    W   ← W₀ + retention · (W − W₀) − G / √(1 + (‖G‖ / (max_step ‖W₀‖))²)      when C tokens have come
+
+Nested Learning, arXiv:2512.24695, Eq. 71 with an L2 objective. All gradients of a chunk are taken at the weights of its
+start, so that they are one batched product; chunks are half-open, so that every token is in one. The paper leaves keys
+and values open. Here a level learns to answer an input with what came next: `V` says what of the next input is worth
+knowing, as a correction to what the learned initial weights W₀ answer, and `g` which inputs are worth a write. At W =
+W₀ the error is −η_t V x_t, a learned local surprise in place of the loss's own. The key of the very first token is
+zero.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .state import State, check_state, size_of
+
+
+class Block(Protocol):
+    """What a level asks of the block it writes into; weights are tensors by name, one set or one per sample."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def weights(self) -> dict[str, Tensor]: ...
+    def read(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor: ...
+    def gradients(
+        self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor, rate: Tensor
+    ) -> dict[str, Tensor]: ...
+
+
+class ContinuumLevel(nn.Module):
+    """A block, and what it has learned from each sample's context; see the module docstring for the equations.
+
+    Every step is at most `max_step` times the norm of the initial weights, and what was written fades by `retention`:
+    a level stays within max_step / (1 − retention) of where it began, whatever it reads.
+
+    Args:
+        block: a module that is also a `Block`.
+        dim: its inputs and outputs, D.
+        chunk_size: tokens from one update to the next, C.
+        inner_lr: step size on the level's own objective; 0 makes it an ordinary MLP without any state.
+        retention: how much of what was written survives an update.
+        max_step: bound of one update, relative to the initial weights.
+        restart: tokens after which the level goes back to its initial weights; None never does.
+    """
+
+    block: Block
+
+    def __init__(
+        self,
+        block: nn.Module,
+        dim: int,
+        chunk_size: int,
+        *,
+        inner_lr: float,
+        retention: float,
+        max_step: float,
+        restart: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.chunk_size, self.restart = dim, chunk_size, restart
+        self.inner_lr, self.retention, self.max_step = inner_lr, retention, max_step
+        self.block = block  # type: ignore[assignment]
+        if inner_lr:
+            self.target = nn.Linear(dim, dim, bias=False)  # V
+            self.gate = nn.Linear(dim, 1, bias=False)  # g
+            nn.init.normal_(self.target.weight, std=0.02)  # writes little until the outer loss asks for more
+            nn.init.zeros_(self.gate.weight)  # η_t = inner_lr
+
+    def extra_repr(self) -> str:
+        return f"chunk_size={self.chunk_size}, inner_lr={self.inner_lr}, retention={self.retention}"
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, write: bool = True, elapsed: int = 0
+    ) -> tuple[Tensor, State]:
+        """Answer x and learn from it.
+
+        Args:
+            x: [B, T, D], of the size a norm gives (entries of about 1).
+            state: what the last call returned; None begins.
+            write: whether to learn; without, the state comes back as it was.
+            elapsed: tokens since the last restart, where there is one.
+        """
+        if state is not None:
+            self.check(state, len(x))
+        if not self.inner_lr:
+            return self.block(x), {}
+        with torch.autocast(x.device.type, enabled=False):  # a memory keeps its precision
+            initial = self._initial()
+            run = self._learn if write else self._recall
+            y, state = run(x.to(self._dtype), state or self.initial_state(len(x)), initial, elapsed)
+            return y.to(x.dtype), state
+
+    def _recall(self, x: Tensor, state: State, initial: dict[str, Tensor], elapsed: int) -> tuple[Tensor, State]:
+        return self.block.read(_sum(initial, state["written"]), x), state
+
+    def _learn(self, x: Tensor, state: State, initial: dict[str, Tensor], elapsed: int) -> tuple[Tensor, State]:
+        size, dtype = self.chunk_size, x.dtype
+        written = state["written"]
+        inputs = torch.cat([state["inputs"], x], 1)  # one of the last chunk, those that wait, and the new ones
+        waiting = state["inputs"].shape[1] - 1
+        end = waiting + x.shape[1]
+        full = end // size * size  # tokens in chunks that are complete
+        key, token = inputs[:, :full], inputs[:, 1 : full + 1]  # x_{t−1}, x_t  [B, full, D]
+        value = self.block.read(initial, key) + token @ self.target.weight.to(dtype).mT
+        openness = 2 * torch.sigmoid(token @ self.gate.weight.to(dtype)[0])
+        rate = self.inner_lr * openness / (size * self.dim)  # η_t / (C D)  [B, full]
+        answers: list[Tensor] = []
+        for start in range(0, end + 1, size):
+            stop = start + size
+            weights = _sum(initial, written)
+            new = inputs[:, 1 + max(start, waiting) : 1 + stop]
+            if new.shape[1] or not answers:
+                answers.append(self.block.read(weights, new))
+            if stop <= full:
+                chunk = slice(start, stop)
+                if self.restart and (elapsed - waiting + stop) % self.restart == 0:
+                    written = {name: torch.zeros_like(each) for name, each in written.items()}
+                else:
+                    gradients = self.block.gradients(weights, key[:, chunk], value[:, chunk], rate[:, chunk])
+                    written = self._step(written, gradients, initial)
+        return torch.cat(answers, 1), {"written": written, "inputs": inputs[:, full:].clone()}
+
+    def _step(
+        self, written: dict[str, Tensor], gradients: dict[str, Tensor], initial: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return W − W₀ after an update."""
+        new = {}
+        for name, gradient in gradients.items():
+            limit = self.max_step**2 * initial[name].square().sum() + 1e-12  # of weights that are all zero: about none
+            square = gradient.square().flatten(1).sum(1) / limit  # (‖G‖ / (max_step ‖W₀‖))²  [B]
+            step = gradient * torch.rsqrt(1 + square).view(-1, *[1] * (gradient.ndim - 1))
+            new[name] = self.retention * written[name] - step
+        return new
+
+    def initial_state(self, batch_size: int) -> State:
+        """Return the state before the first token: nothing written, and a zero in place of the token before it.
+
+        written: W − W₀ for each weight of the block, [B, ...]; inputs: the last token of the chunk before, and the n < C
+        of the chunk under way, [B, 1 + n, D]. float32, or float64 where the weights are. A level that does not learn
+        in context has none.
+        """
+        if not self.inner_lr:
+            return {}
+        initial = self._initial()
+        written = {name: weight.new_zeros(batch_size, *weight.shape) for name, weight in initial.items()}
+        inputs = self.gate.weight.new_zeros(batch_size, 1, self.dim, dtype=self._dtype)
+        return {"written": written, "inputs": inputs}
+
+    def check(self, state: State, batch_size: int) -> None:
+        """Raise ValueError unless the state is of this level and of as many samples."""
+        like = self.initial_state(batch_size)
+        if self.inner_lr:
+            tokens = min(max(size_of(state, "inputs", 1), 1), self.chunk_size)
+            like["inputs"] = like["inputs"].expand(-1, tokens, -1)
+        check_state(state, like)
+
+    def _initial(self) -> dict[str, Tensor]:
+        """Return W₀, in the dtype of the memory."""
+        return {name: weight.to(self._dtype) for name, weight in self.block.weights().items()}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the memory and its state."""
+        return torch.float64 if self.gate.weight.dtype == torch.float64 else torch.float32
+
+
+def _sum(initial: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return W = W₀ + (W − W₀), one set of weights per sample."""
+    return {name: weight + written[name] for name, weight in initial.items()}
