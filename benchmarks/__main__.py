@@ -16,6 +16,7 @@ BENCHMARKS = {
     "meta": "whether a learned initial memory helps DMGD on tasks it was not learned on",
     "memory": "what a DMGD memory knows about the gradients, over a training run",
     "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
+    "models": "what sequence models can learn of problems with a known answer",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "overhead": "what watching inputs and chunks of gradients add to a training step",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",

@@ -65,7 +65,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="text")
     parser.add_argument("--corpus", choices=["stdlib", "imdb", "newsgroups", "shakespeare"], help="text: what to read")
     parser.add_argument("--data", help="text: a file of your own")
-    parser.add_argument("--model", choices=["vit", "resnet"], help="vision: what to train")
+    kinds = ["gpt", "transformer", "hope_attention", "hope", "vit", "resnet"]
+    parser.add_argument("--model", choices=kinds, help="what to train; the last two for vision, the others for text")
     parser.add_argument("--images", choices=["digits", "fashion"], help="vision: what to look at")
     parser.add_argument("--steps", type=int, help="length of a run; default: the task's")
     parser.add_argument("--tune-steps", type=int, help="length of a tuning run; default: --steps")
@@ -87,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if unknown := [name for name in wanted if name not in OPTIMIZERS]:
         parser.error(f"no optimizer named {unknown[0]!r}; there are: {', '.join(OPTIMIZERS)}")
     args.optimizers = [name for name in OPTIMIZERS if name in wanted]  # the table's order: baselines first
-    keys = {"text": ("corpus", "data"), "vision": ("model", "images"), "regression": ()}[args.task]
+    keys = {"text": ("corpus", "data", "model"), "vision": ("model", "images"), "regression": ()}[args.task]
     args.options = {key: getattr(args, key) for key in keys if getattr(args, key)}
     if not args.output:
         words = ["convergence", preset or args.task, *(Path(word).stem for word in args.options.values())]

@@ -126,9 +126,9 @@ def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-_ADAPTIVE = {"text": 1.5e-3, "vision-vit": 5e-4, "vision-resnet": 1e-3, "regression": 8e-2}
+_ADAPTIVE = {"text": 1.5e-3, "vision-vit": 5e-4, "vision-resnet": 1e-3, "regression": 0.32}
 _MATRIX = {"text": 3e-3, "vision-vit": 1e-3, "vision-resnet": 2e-3, "regression": 8e-2}
-_GRADIENT = {"text": 5e-2, "vision-vit": 2e-2, "vision-resnet": 2e-2, "regression": 4.0}
+_GRADIENT = {"text": 5e-2, "vision-vit": 2e-2, "vision-resnet": 2e-2, "regression": 8.0}
 
 OPTIMIZERS = {
     "adamw": Entry("AdamW", _adamw, _ADAPTIVE, "beta2", (0.9, 0.95, 0.99)),
@@ -145,7 +145,7 @@ OPTIMIZERS = {
     ),
     "preconditioned_momentum": Entry(
         "PreconditionedMomentum (ours)", partial(_ours, name="PreconditionedMomentum"),
-        _MATRIX, "momentum", (0.7, 0.8, 0.9),
+        _MATRIX | {"regression": 0.32}, "momentum", (0.7, 0.8, 0.9),
     ),
     "delta_momentum": Entry(
         "DeltaMomentum (ours)", partial(_ours, name="DeltaMomentum"), _MATRIX, "momentum", (0.8, 0.9, 0.95)
@@ -176,6 +176,7 @@ TUNED = {
         "adamw": Setting(lr=3e-3, second=0.9),
         "muon": Setting(lr=1.2e-2, second=0.8),
         "momentum": Setting(lr=1.2e-2, second=0.7),
+        "preconditioned_momentum": Setting(lr=1.2e-2, second=0.7),
         "delta_momentum": Setting(lr=1.2e-2, second=0.9),
         "dmgd": Setting(lr=1.2e-2, second=0.95),
         "dmgd_linear": Setting(lr=1.2e-2, second=0.95),

@@ -55,7 +55,7 @@ def draw_convergence(document: Mapping[str, Any], trials: Mapping[Trial, dict[st
     searched = config["tuned_here"]
     panels = 1 + bool(document["equal_wall"]) + searched
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.2), squeeze=False)
+        figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.6), squeeze=False)
         panel = iter(axes[0])
         steps_axis = next(panel)
         _curves(steps_axis, document, trials, "equal_steps", scale=dict.fromkeys(names, 1.0))
@@ -71,7 +71,7 @@ def draw_convergence(document: Mapping[str, Any], trials: Mapping[Trial, dict[st
         if searched:
             _sensitivity(next(panel), document, trials)
         handles, labels = steps_axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), panels + 1))
         figure.savefig(path)
         plt.close(figure)
     return path

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deep_optim import models
+
 from . import Batch
 from .corpus import read_text
 
+MODELS = {"transformer": models.Transformer, "hope_attention": models.HopeAttention, "hope": models.Hope}
 CONTEXT = 64
 BATCH = 16
 VALIDATION_WINDOWS = 256
@@ -59,12 +62,24 @@ class ByteGPT(nn.Module):
         return self.head(self.norm(self.blocks(self.embedding(tokens) + position)))
 
 
+class Logits(nn.Module):
+    """A sequence model without its state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, V]
+        return self.model(tokens)[0]
+
+
 class Text:
     """Byte-level language modelling: 16 x 64 bytes a step; the loss is in nats per byte.
 
     Args:
         corpus: "stdlib", "imdb", "newsgroups" or "shakespeare"; see corpus.py.
         data: a text file of your own instead.
+        model: "gpt", or one of the package's: "transformer", "hope_attention", "hope".
         width, depth, heads: size of the model.
         alphabets: more than 1 cuts the run into so many equal parts, each with the bytes of the text permuted anew: a
             sequence of tasks that share everything but the embeddings. The loss is that on the last of them.
@@ -81,6 +96,7 @@ class Text:
         self,
         corpus: str = "stdlib",
         data: str | None = None,
+        model: str = "gpt",
         width: int = 128,
         depth: int = 3,
         heads: int = 4,
@@ -89,7 +105,7 @@ class Text:
         self.corpus = data or corpus
         rng = torch.Generator().manual_seed(0)
         self.alphabets = [torch.arange(256), *(torch.randperm(256, generator=rng) for _ in range(alphabets - 1))]
-        self.model_options = dict(width=width, depth=depth, heads=heads)
+        self.kind, self.model_options = model, dict(width=width, depth=depth, heads=heads)
         train, validation = read_text(corpus, data)
         self.digest = sha256(train + b"\0" + validation).hexdigest()
         self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
@@ -99,7 +115,9 @@ class Text:
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return ByteGPT(**self.model_options)
+        if self.kind == "gpt":
+            return ByteGPT(**self.model_options)
+        return Logits(MODELS[self.kind](256, self.model_options["width"], self.model_options["depth"]))
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         rng = torch.Generator().manual_seed(seed)
@@ -123,6 +141,7 @@ class Text:
             "train_bytes": len(self.train),
             "validation_bytes": self.validation[0].numel(),
             "batch": [BATCH, CONTEXT],
+            "model": self.kind,
             **self.model_options,
             "alphabets": len(self.alphabets),
         }

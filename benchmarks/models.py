@@ -1,0 +1,145 @@
+"""What sequence models can learn of problems with a known answer: Hope beside Transformer, LSTM, DeltaNet and others.
+
+1. Every model at every learning rate, on one seed; the rate with the most right answers, the lower loss where they tie.
+2. The same model at that rate, on other seeds.
+3. Tests on strings as long as in training and longer ones, the same for all.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .lesson import Lesson
+from .measure import command, machine, versions
+from .model_plots import draw_models
+from .problems import languages, mad, make_problem, recall
+from .sequence_models import MODELS
+from .trials import Meter, Results, run_trials
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = {"languages": tuple(languages.PROBLEMS), "recall": tuple(recall.PROBLEMS), "mad": tuple(mad.PROBLEMS)}
+TUNING_SEED = 0
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": dict(dim=32, layers=2, steps=1000, batch=32, lrs=[2e-3, 6e-3], device="cpu"),
+    "gpu": dict(dim=128, layers=4, steps=10_000, batch=128, lrs=[5e-4, 1e-3, 2e-3, 4e-3], device="cuda"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    torch.set_num_threads(1)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    results = Results(args.output, resume=args.resume or args.plot_only, kind=Lesson)
+    if not args.plot_only:
+        try:
+            run(args, results, console)
+        except KeyboardInterrupt:
+            done = len(results.trials)
+            console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
+            return 130
+        results.document["command"] = command("models", arguments)
+        results.save()
+    for problem, rows in results.document["problems"].items():
+        console.print(_table(problem, rows))
+    plot = draw_models(results.document, results.path.with_suffix(".png"))
+    console.print(f"numbers: {results.path}\nplot:    {plot}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Command line over preset."""
+    parser = argparse.ArgumentParser("python -m benchmarks models", description=__doc__.splitlines()[0])
+    every = [name for names in SUITES.values() for name in names]
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: an hour or two on two cores")
+    parser.add_argument("--task", default="languages", help=f"comma-separated: {', '.join([*SUITES, *every])}")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; default: all")
+    parser.add_argument("--dim", type=int)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--lrs", type=lambda text: [float(lr) for lr in text.split(",")])
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--device")
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--workers", type=int, default=workers, help="processes, one thread each; 1 on a GPU")
+    parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
+    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
+    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
+    args = parser.parse_args(arguments)
+    args.problems = [name for word in args.task.split(",") for name in SUITES.get(word, (word,))]
+    args.models = args.models.split(",")
+    for wanted, known in ((args.problems, every), (args.models, MODELS)):
+        if unknown := [name for name in wanted if name not in known]:
+            parser.error(f"nothing named {unknown[0]!r}; there are: {', '.join(known)}")
+    if not args.output:
+        args.output = RESULTS / f"models-{args.task.replace(',', '-').replace(' ', '-')}.json"
+    return args
+
+
+def run(args: argparse.Namespace, results: Results, console: Console) -> None:
+    """Fill `results`, one problem after the other."""
+    results.document |= {
+        "benchmark": "models", "machine": machine(), "versions": versions(),
+        "config": {
+            key: getattr(args, key) for key in ("preset", "dim", "layers", "steps", "batch", "lrs", "seeds", "device")
+        },
+    }  # fmt: skip
+    problems: dict[str, Any] = results.document.setdefault("problems", {})
+    console.print(f"{', '.join(args.problems)}: {', '.join(args.models)}; {args.steps} steps, seeds {args.seeds}")
+
+    def lesson(problem: str, model: str, lr: float, seed: int) -> Lesson:
+        return Lesson(problem, model, args.dim, args.layers, lr, seed, args.steps, args.batch, args.device)
+
+    runs = len(args.problems) * len(args.models) * (len(args.lrs) + len(args.seeds))
+    with Meter(runs * args.steps) as meter:
+        for problem in args.problems:
+            tuning = [lesson(problem, model, lr, TUNING_SEED) for model in args.models for lr in args.lrs]
+            run_trials("tune", tuning, results, meter, args.workers)
+            best = {model: _best([each for each in tuning if each.model == model], results) for model in args.models}
+            scoring = [lesson(problem, model, best[model], seed) for model in args.models for seed in args.seeds]
+            run_trials("score", scoring, results, meter, args.workers)
+            problems[problem] = problems.get(problem, {}) | {
+                model: _summary([each for each in scoring if each.model == model], results) for model in args.models
+            }
+            results.save()
+
+
+def _best(tuning: list[Lesson], results: Results) -> float:
+    def quality(lesson: Lesson) -> tuple[float, float]:
+        result = results.trials[lesson]
+        if result["diverged"]:
+            return -1.0, 0.0
+        return next(iter(result["scores"].values())), -result["loss"]  # at the lengths of training alone
+
+    return max(tuning, key=quality).lr
+
+
+def _summary(lessons: list[Lesson], results: Results) -> dict[str, Any]:
+    """Learning rate, parameters, seconds, and of every test the scores of all seeds (0 for a run that diverged)."""
+    finished = [results.trials[lesson] for lesson in lessons]
+    tests = list(make_problem(lessons[0].problem).tests)
+    return {
+        "lr": lessons[0].lr,
+        "parameters": finished[0]["parameters"],
+        "seconds": statistics.median(result.get("seconds", 0.0) for result in finished),
+        "scores": {test: [result["scores"].get(test, 0.0) for result in finished] for test in tests},
+    }
+
+
+def _table(problem: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=f"{problem}: mean of the seeds (worst)", title_justify="left")
+    tests = list(next(iter(rows.values()))["scores"])
+    for heading in ("model", *tests, "lr", "parameters", "s a run"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for model, row in rows.items():
+        scores = [f"{statistics.mean(row['scores'][test]):.3f} ({min(row['scores'][test]):.3f})" for test in tests]
+        table.add_row(model, *scores, f"{row['lr']:g}", f"{row['parameters']:,}", f"{row['seconds']:.0f}")
+    return table

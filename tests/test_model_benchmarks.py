@@ -1,0 +1,106 @@
+"""`models`: its baselines compute what they are named for, and a run can be repeated and resumed."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from benchmarks import __main__ as command
+from benchmarks.lesson import Lesson, accuracy
+from benchmarks.problems import IGNORE, make_problem
+from benchmarks.sequence_models import MODELS, DeltaNet, LinearAttention
+
+TINY = ["--steps", "3", "--dim", "16", "--layers", "1", "--batch", "4", "--lrs", "1e-3,2e-3", "--seeds", "1,2"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_causal_and_treat_samples_alone(name):
+    torch.manual_seed(0)
+    model = MODELS[name](11, 16, 2).double().eval()
+    tokens = torch.randint(11, (3, 20), generator=torch.Generator().manual_seed(1))
+    edited = tokens.clone()
+    edited[:, 12:] = (edited[:, 12:] + 1) % 11
+    logits = model(tokens)[0]
+    assert logits.shape == (3, 20, 11)
+    torch.testing.assert_close(model(edited)[0][:, :12], logits[:, :12])
+    torch.testing.assert_close(model(tokens[1:2])[0], logits[1:2])
+
+
+@pytest.mark.parametrize("mixer", [LinearAttention, DeltaNet])
+def test_baseline_mixers_against_their_recurrence(mixer):
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 40, 4, generator=rng, dtype=torch.float64)
+    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    rate = torch.rand(2, 2, 40, generator=rng, dtype=torch.float64)
+    memory = torch.zeros(2, 2, 4, 4, dtype=torch.float64)
+    expected = []
+    for t in range(40):
+        q, k, v = (each[:, :, t, :, None] for each in (query, key, value))
+        b = rate[:, :, t, None, None]
+        memory = memory + b * (v - (memory @ k if mixer is DeltaNet else 0)) @ k.mT
+        expected.append((memory @ q)[..., 0])
+    answers = mixer(8, 2).double().answers(query, key, value, rate)
+    torch.testing.assert_close(answers, torch.stack(expected, 2))
+
+
+def test_accuracy_counts_strings_whole_and_answers_one_by_one():
+    class Cheat(torch.nn.Module):
+        """Knows the answers of parity, but for every fourth string's last."""
+
+        def forward(self, tokens):
+            right = tokens.cumsum(1) % 2
+            right[::4, -1] ^= 1
+            return F.one_hot(right, 2).float(), {}
+
+    problem = make_problem("parity")
+    rows = problem.draw(torch.Generator().manual_seed(0), 4, 30, 30)[1]
+    assert (rows != IGNORE).all()
+    assert accuracy(Cheat(), problem, (30, 30), "cpu") == 0.75
+
+
+def test_a_lesson_can_be_repeated_and_tests_every_size():
+    lesson = Lesson("rebinding", "linear attention", 16, 1, 1e-3, 3, 4, 4)
+    first, again = lesson.run(), lesson.run()
+    assert first["curve"] == again["curve"] and first["scores"] == again["scores"]
+    assert set(first["scores"]) == {"24 pairs", "48 pairs"} and not first["diverged"]
+    assert Lesson.from_json(lesson.to_json()) == lesson
+
+
+def test_models_tunes_scores_draws_and_resumes(tmp_path):
+    file = tmp_path / "models.json"
+    arguments = [
+        "models",
+        "--task",
+        "parity,mqar",
+        "--models",
+        "lstm,hope",
+        *TINY,
+        "--workers",
+        "1",
+        "--output",
+        str(file),
+    ]
+    assert command.main(arguments) == 0
+    document = json.loads(file.read_text())
+    assert set(document["problems"]) == {"parity", "mqar"} and file.with_suffix(".png").exists()
+    row = document["problems"]["parity"]["hope"]
+    assert row["lr"] in (1e-3, 2e-3) and len(row["scores"]["outside"]) == 2 and row["parameters"] > 0
+    assert len(document["trials"]) == 2 * 2 * (2 + 2)
+    stamp = {json.dumps(each["trial"]): each["result"] for each in document["trials"]}
+    assert command.main([*arguments, "--resume", "--task", "parity"]) == 0
+    resumed = json.loads(file.read_text())
+    assert {json.dumps(each["trial"]): each["result"] for each in resumed["trials"]} == stamp  # nothing was run again
+
+
+def test_an_unknown_model_or_problem_is_refused(capsys):
+    for arguments, said in (
+        (["--task", "chess"], "nothing named 'chess'"),
+        (["--models", "rnn"], "nothing named 'rnn'"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(["models", *arguments])
+        assert said in capsys.readouterr().err
