@@ -133,7 +133,9 @@ def test_the_first_loss_is_that_of_knowing_nothing(case: ModelCase, vocab_size: 
 
 @every_model()
 def test_stays_finite_and_remembers_over_many_tokens(case: ModelCase):
+    # longer chunks, or the test would take minutes
     longer = {"chunk_sizes": [16 * size for size in case.kwargs["chunk_sizes"]]} if "chunk_sizes" in case.kwargs else {}
+    longer |= {name: 16 * size for name, size in case.kwargs.items() if name.endswith("_chunk_size")}
     model = case.make(torch.float32, num_layers=1, **longer)
     state = None
     with torch.no_grad():

@@ -14,7 +14,9 @@ W₀ the error is −η_t V x_t, a learned local surprise in place of the loss's
 zero.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -142,9 +144,9 @@ class ContinuumLevel(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """Return the state before the first token: nothing written, and a zero in place of the token before it.
 
-        written: W − W₀ for each weight of the block, [B, ...]; inputs: the last token of the chunk before, and the n < C
-        of the chunk under way, [B, 1 + n, D]. float32, or float64 where the weights are. A level that does not learn
-        in context has none.
+        written: W − W₀ for each weight of the block, [B, ...]; inputs: the last token of the chunk before, and the
+        n < C of the chunk under way, [B, 1 + n, D]. float32, or float64 where the weights are. A level that does not
+        learn in context has none.
         """
         if not self.inner_lr:
             return {}
@@ -174,3 +176,35 @@ class ContinuumLevel(nn.Module):
 def _sum(initial: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return W = W₀ + (W − W₀), one set of weights per sample."""
     return {name: weight + written[name] for name, weight in initial.items()}
+
+
+def check_chunk_sizes(chunk_sizes: Sequence[int]) -> None:
+    """Refuse sizes that are no whole numbers of at least 1, or that do not divide one another."""
+    if not isinstance(chunk_sizes, Sequence) or not chunk_sizes:
+        raise ValueError(f"Invalid chunk_sizes: {chunk_sizes!r}, expected one number for each level")
+    for size in chunk_sizes:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"Invalid chunk size: {size!r}, expected a whole number of at least 1")
+    ordered = sorted(chunk_sizes)
+    for fast, slow in itertools.pairwise(ordered):
+        if slow % fast:
+            raise ValueError(f"Invalid chunk_sizes: {fast} does not divide {slow}; a slow chunk holds whole fast ones")
+
+
+def level_rates(inner_lr: float | Sequence[float], levels: int) -> list[float]:
+    """Return the inner learning rate of every level, each finite and at least 0."""
+    rates = list(inner_lr) if isinstance(inner_lr, Sequence) else [inner_lr] * levels
+    if len(rates) != levels:
+        raise ValueError(f"{len(rates)} inner learning rates for {levels} levels")
+    for rate in rates:
+        if not 0.0 <= rate < float("inf"):  # also refuses NaN
+            raise ValueError(f"Invalid inner_lr: {rate}, expected at least 0")
+    return rates
+
+
+def check_learning(retention: float, max_step: float) -> None:
+    """Refuse a retention outside [0, 1], or a bound of steps that is not positive."""
+    if not 0.0 <= retention <= 1.0:
+        raise ValueError(f"Invalid retention: {retention}, expected 0 to 1")
+    if not 0.0 < max_step < float("inf"):
+        raise ValueError(f"Invalid max_step: {max_step}, expected more than 0")

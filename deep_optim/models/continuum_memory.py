@@ -10,16 +10,15 @@ learn in context. How a level learns is in `deep_optim.models.continuum_level`; 
 equations leave out, stand where a pre-norm Transformer has them.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .continuum_level import ContinuumLevel
+from .continuum_level import ContinuumLevel, check_chunk_sizes, check_learning, level_rates
 from .mlp import MLP
+from .pretrained import PretrainedContinuum
 from .state import State, check_names
 
 Arrangement = Literal["sequential", "independent", "nested"]
@@ -83,6 +82,10 @@ class ContinuumMemory(nn.Module):
                 "arrangement='nested' needs levels of different chunk sizes that all have an inner_lr above 0"
             )
         slower = {size: next((s for s in sorted(chunk_sizes) if s > size), None) for size in chunk_sizes}
+        if hidden_dim is None:
+            hidden_dim = hidden_dim_for(8 * dim**2, dim, rates, len(chunk_sizes))
+        if hidden_dim < 1:
+            raise ValueError(f"Invalid hidden_dim: {hidden_dim}, expected at least 1")
         nested = arrangement == "nested"
         self.arrangement, self.chunk_sizes = arrangement, tuple(chunk_sizes)
         self.slower = {  # level to the level whose chunk is its context
@@ -92,7 +95,7 @@ class ContinuumMemory(nn.Module):
         }
         self.levels = nn.ModuleList(
             ContinuumLevel(
-                MLP(dim, hidden_dim or _hidden_dim(dim, len(chunk_sizes), writes=rate > 0)),
+                MLP(dim, hidden_dim),
                 dim,
                 size,
                 inner_lr=rate,
@@ -126,6 +129,22 @@ class ContinuumMemory(nn.Module):
             y = y + self.dropout(answer)
         return y, new
 
+    @staticmethod
+    def from_pretrained_mlps(
+        model: nn.Module,
+        chunk_sizes: Sequence[int],
+        *,
+        name: str = "mlp",
+        dim: int | None = None,
+        inner_lr: float | Sequence[float] = 1.0,
+        retention: float = 0.95,
+        max_step: float = 0.1,
+    ) -> PretrainedContinuum:
+        """Make levels of a trained model's MLPs, in place; `PretrainedContinuum` says how the model runs then."""
+        return PretrainedContinuum(
+            model, chunk_sizes, name=name, dim=dim, inner_lr=inner_lr, retention=retention, max_step=max_step
+        )
+
 
 def frequency_groups(model: nn.Module, groups: Iterable[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Return parameter groups with a "period" each: that of their level, and 1 for all that is in none.
@@ -157,39 +176,7 @@ def frequency_groups(model: nn.Module, groups: Iterable[dict[str, Any]] | None =
     return divided
 
 
-def check_chunk_sizes(chunk_sizes: Sequence[int]) -> None:
-    """Refuse sizes that are no whole numbers of at least 1, or that do not divide one another."""
-    if not isinstance(chunk_sizes, Sequence) or not chunk_sizes:
-        raise ValueError(f"Invalid chunk_sizes: {chunk_sizes!r}, expected one number for each level")
-    for size in chunk_sizes:
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"Invalid chunk size: {size!r}, expected a whole number of at least 1")
-    ordered = sorted(chunk_sizes)
-    for fast, slow in itertools.pairwise(ordered):
-        if slow % fast:
-            raise ValueError(f"Invalid chunk_sizes: {fast} does not divide {slow}; a slow chunk holds whole fast ones")
-
-
-def level_rates(inner_lr: float | Sequence[float], levels: int) -> list[float]:
-    """Return the inner learning rate of every level, each finite and at least 0."""
-    rates = list(inner_lr) if isinstance(inner_lr, Sequence) else [inner_lr] * levels
-    if len(rates) != levels:
-        raise ValueError(f"{len(rates)} inner learning rates for {levels} levels")
-    for rate in rates:
-        if not 0.0 <= rate < float("inf"):  # also refuses NaN
-            raise ValueError(f"Invalid inner_lr: {rate}, expected at least 0")
-    return rates
-
-
-def check_learning(retention: float, max_step: float) -> None:
-    """Refuse a retention outside [0, 1], or a bound of steps that is not positive."""
-    if not 0.0 <= retention <= 1.0:
-        raise ValueError(f"Invalid retention: {retention}, expected 0 to 1")
-    if not 0.0 < max_step < float("inf"):
-        raise ValueError(f"Invalid max_step: {max_step}, expected more than 0")
-
-
-def _hidden_dim(dim: int, levels: int, *, writes: bool) -> int:
-    """Return H with levels · (3 D H + D² for what learns) = 8 D², in multiples of 8."""
-    hidden = (8 * dim / levels - writes * dim) / 3
-    return max(8, round(hidden / 8) * 8)
+def hidden_dim_for(budget: int, dim: int, inner_lr: float | Sequence[float], levels: int) -> int:
+    """Return H, in multiples of 8, with which the levels have about `budget` weights: 3 D H each, and D² to learn."""
+    learning = sum(rate > 0 for rate in level_rates(inner_lr, levels))
+    return max(8, round((budget - learning * dim**2) / (3 * dim * levels) / 8) * 8)

@@ -9,7 +9,7 @@ the levels of the continuum memory chunk by chunk, and all of them start from we
 from collections.abc import Sequence
 from typing import Literal
 
-from .continuum_memory import Arrangement, ContinuumMemory
+from .continuum_memory import Arrangement, ContinuumMemory, hidden_dim_for
 from .language_model import Block, LanguageModel
 from .self_modifying_titans import SelfModifyingTitans
 
@@ -23,7 +23,8 @@ class Hope(LanguageModel):
         num_layers: number of blocks.
         heads, memory, projection_chunk_size: of `SelfModifyingTitans`.
         memory_chunk_size: its `chunk_size`, of the main memory.
-        chunk_sizes, hidden_dim, arrangement, inner_lr, retention, max_step: of `ContinuumMemory`.
+        chunk_sizes, hidden_dim, arrangement, inner_lr, retention, max_step: of `ContinuumMemory`. By default as many
+            hidden features as give a block the 12 D² weights of a Transformer's.
         dropout: of what each layer adds.
 
     The state is of one size at any position, so that `generate` streams in constant memory.
@@ -55,10 +56,13 @@ class Hope(LanguageModel):
                 chunk_size=memory_chunk_size,
                 projection_chunk_size=projection_chunk_size,
             )
+            budget = 12 * dim**2 - sum(param.numel() for param in titans.parameters())
             levels = ContinuumMemory(
                 dim,
                 chunk_sizes,
-                hidden_dim=hidden_dim,
+                hidden_dim=hidden_dim_for(budget, dim, inner_lr, len(chunk_sizes))
+                if hidden_dim is None
+                else hidden_dim,
                 arrangement=arrangement,
                 inner_lr=inner_lr,
                 retention=retention,
