@@ -134,6 +134,24 @@ def test_a_level_learns_what_follows_what():
     assert error(circle[:, :4], state) < 0.2 * error(circle[:, :4], None)
 
 
+@pytest.mark.parametrize("inner_lr, recalls", [(1.0, True), (0.0, False)])
+def test_levels_recall_what_they_have_read_without_any_help(inner_lr, recalls):
+    """No attention, no recurrence: what follows what in a sequence is in the weights of the level alone."""
+    torch.manual_seed(0)
+    embedding, level, head = nn.Embedding(16, 32), ContinuumMemory(32, (4,), inner_lr=inner_lr), nn.Linear(32, 16)
+    model = nn.ModuleList([embedding, level, head])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        tokens = torch.stack([torch.randperm(16)[:12] for _ in range(16)]).repeat(1, 2)
+        logits = head(level(embedding(tokens[:, :-1]))[0])
+        losses = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none").mean(0)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+    assert losses[:11].mean() > 2.5  # nobody can know: of 16 tokens each comes once
+    assert (losses[12:].mean() < 1.0) == recalls
+
+
 def test_stays_near_its_initial_weights_whatever_it_reads():
     memory = make((2,), retention=0.9, max_step=0.2)
     nn.init.constant_(memory.levels[0].target.weight, 1e6)
