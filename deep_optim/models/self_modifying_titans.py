@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..ops.gated_delta_rule import gated_delta_rule
 from ..ops.gated_mlp_memory import gated_mlp_memory, read_residual_mlp, soft_cap
 from .causal_conv import causal_conv
-from .state import State, check_state, cut
+from .state import State, check_state, pieces
 
 _CONV_WIDTH = 4  # the paper's
 _LOST = (-7.0, -10.0)  # log₂(1 − retention) of the first and the last head: half is lost after 89 to 710 tokens
@@ -43,8 +43,9 @@ _SCALARS = ("lr", "retention")  # boxes that map vectors to a number
 class SelfModifyingTitans(nn.Module):
     """A recurrent layer in place of attention: y, state = layer(x, state).
 
-    Costs about 8 D² + 12 D d FLOPs per token and memory="linear" with d = dim / heads, and 12 D d numbers of state per
-    sample; nothing grows with the length. A residual connection and a norm in front are the surrounding block's.
+    With memory="linear", d = dim / heads and C = chunk_size a token costs about 10 D² + 32 D d + 9 C D FLOPs, and a
+    sample holds 6 D d numbers; nothing grows with the length. The residual connection around the layer and the norm in
+    front of it are the surrounding block's.
 
     Args:
         dim: width of tokens, D.
@@ -89,11 +90,10 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.dim, self.heads, self.memory, self.adapt, self.momentum = dim, heads, memory, adapt, momentum
         self.chunk_size, self.projection_chunk_size = chunk_size, projection_chunk_size
-        width = dim // heads
         main = ("memory",) if memory == "linear" else ()  # first: the rows that answer the query
         matrices = (*main, *(name for name in _MATRICES if name in adapt))
-        scalars = tuple(name for name in _SCALARS if name in adapt)
-        self.width, self.matrices = width, len(matrices)
+        scalars = [name for name in _SCALARS if name in adapt]
+        self.width, self.matrices = (width := dim // heads), len(matrices)
         self.rows = {**dict.fromkeys(matrices, width), **dict.fromkeys(scalars, 1)}  # of the stack of memories
 
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
@@ -149,30 +149,30 @@ class SelfModifyingTitans(nn.Module):
             mixed, tail = causal_conv(mixed, self.conv.to(dtype), state["tail"])
             query, key, value = F.silu(mixed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, d]
             lr, retention = rates.unflatten(-1, (2, self.heads, 1)).permute(2, 0, 3, 1, 4)  # [B, H, T, 1]
-            tokens = {"query": unit(query), "key": unit(key), "value": value, "lr": lr, "retention": retention}
+            tokens = unit(query), unit(key), value, lr, retention
             answer, state = self._write(tokens, state) if write else (self._read(tokens, state), state)
             answer = F.rms_norm(answer, (answer.shape[-1],), self.norm.weight.to(dtype), self.norm.eps)
         gated = answer.transpose(1, 2).flatten(2).to(x.dtype) * F.silu(self.gate(x))
         return self.out(gated), {**state, "tail": tail}
 
-    def _write(self, tokens: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+    def _write(self, tokens: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
         """Write every token and answer its query; return the answers [B, H, T, d] and the state."""
         step, stack = int(state["step"]), dict(state["stack"])
         main: State = {name: state[name] for name in ("w1", "w2", "seen") if name in state}
         initial, gain = self._initial(), self._gain()
-        answers = [tokens["query"][:, :, :0]]
-        for begins, piece in cut(tokens["key"].shape[2], step, self.projection_chunk_size):
+        answers = [tokens[0][:, :, :0]]
+        for begins, piece in pieces(tokens, step, self.projection_chunk_size):
             if begins:
                 stack["frozen"] = stack["change"]
             boxes = initial + gain * stack["frozen"]  # M_box [B, H, rows, d]
-            token = self._project({name: x[:, :, piece] for name, x in tokens.items()}, boxes)
-            value = self._own_values(token["value"], boxes) - token["key"] @ initial.mT
+            query, key, value, log_decay, rate = self._project(piece, boxes)
+            target = self._own_values(value, boxes) - key @ initial.mT
             answer, stack["change"], velocity = gated_delta_rule(
-                token["query"],
-                token["key"],
-                value,
-                token["log_decay"],
-                (1 - self.momentum) * token["rate"],  # an average of writes, not a sum: it would diverge
+                query,
+                key,
+                target,
+                log_decay,
+                (1 - self.momentum) * rate,  # writes are averaged: their sum diverges
                 stack["change"],
                 stack.get("velocity"),
                 momentum=self.momentum,
@@ -182,26 +182,23 @@ class SelfModifyingTitans(nn.Module):
             if velocity is not None:
                 stack["velocity"] = velocity
             if self.memory == "linear":
-                answer = answer + token["query"] @ initial[:, : self.width].mT
+                answer = answer + query @ initial[:, : self.width].mT
             else:
-                answer, main = self._write_mlp(token, main, step + piece.start)
+                answer, main = self._write_mlp((query, key, value, log_decay, rate), main, step)
+            step += key.shape[2]
             answers.append(answer)
-        written: State = {"stack": stack, **main, "step": state["step"] + tokens["key"].shape[2]}
-        return torch.cat(answers, 2), written
+        return torch.cat(answers, 2), {"stack": stack, **main, "step": torch.full_like(state["step"], step)}
 
-    def _write_mlp(self, token: dict[str, Tensor], main: State, step: int) -> tuple[Tensor, State]:
-        """Write the tokens of a piece into the main memory, by chunks of its own."""
+    def _write_mlp(self, tokens: tuple[Tensor, ...], main: State, step: int) -> tuple[Tensor, State]:
+        """Write projected tokens into the main memory, by chunks of its own."""
         initial = self._initial_mlp()
         w1, w2, seen = dict(main["w1"]), dict(main["w2"]), main["seen"]
         answers = []
-        for begins, piece in cut(token["key"].shape[2], step, self.chunk_size):
+        for begins, (query, key, value, log_decay, rate) in pieces(tokens, step, self.chunk_size):
             if begins:
                 w1["frozen"], w2["frozen"], seen = w1["change"], w2["change"], torch.zeros_like(seen)
-            query, key, value, log_decay, rate = (
-                token[name][:, :, piece] for name in ("query", "key", "value", "log_decay", "rate")
-            )
-            beta, seen = soft_cap(key, rate, seen)
             frozen = initial[0] + w1["frozen"], initial[1] + w2["frozen"]
+            beta, seen = soft_cap(key, rate, seen)
             answer, change, velocity = gated_mlp_memory(
                 query,
                 key,
@@ -220,29 +217,25 @@ class SelfModifyingTitans(nn.Module):
             answers.append(answer)
         return torch.cat(answers, 2), {"w1": w1, "w2": w2, "seen": seen}
 
-    def _read(self, tokens: dict[str, Tensor], state: State) -> Tensor:
+    def _read(self, tokens: tuple[Tensor, ...], state: State) -> Tensor:
         """Answer the queries out of the memories as they stand."""
         stack, initial = state["stack"], self._initial()
         begins = int(state["step"]) % self.projection_chunk_size == 0
-        boxes = initial + self._gain() * stack["change" if begins else "frozen"]
-        query = self._project(tokens, boxes)["query"]
+        query, *_ = self._project(tokens, initial + self._gain() * stack["change" if begins else "frozen"])
         if self.memory == "linear":
             return query @ (initial + stack["change"])[..., : self.width, :].mT
-        initial_1, initial_2 = self._initial_mlp()
-        return read_residual_mlp((initial_1 + state["w1"]["change"], initial_2 + state["w2"]["change"]), query)
+        w1, w2 = self._initial_mlp()
+        return read_residual_mlp((w1 + state["w1"]["change"], w2 + state["w2"]["change"]), query)
 
-    def _project(self, tokens: dict[str, Tensor], boxes: Tensor) -> dict[str, Tensor]:
-        """Return query, key and value [B, H, L, d], and log_decay and rate [B, H, L], as the memories say."""
+    def _project(self, tokens: Iterable[Tensor], boxes: Tensor) -> tuple[Tensor, ...]:
+        """Return query, key, value [B, H, L, d], log a and b [B, H, L], as the memories say."""
+        x_query, x_key, x_value, lr, retention = tokens
         box = dict(zip(self.rows, boxes.split(list(self.rows.values()), -2), strict=True))
-        query, key, value = (tokens[n] @ box[n].mT if n in box else tokens[n] for n in ("query", "key", "value"))
-        lr, retention = (tokens[n] + tokens["key"] @ box[n].mT if n in box else tokens[n] for n in ("lr", "retention"))
-        return {
-            "query": unit(query),
-            "key": unit(key),
-            "value": value,
-            "log_decay": F.logsigmoid(retention)[..., 0],
-            "rate": 2 * lr.sigmoid()[..., 0],  # b
-        }
+        static = {"query": x_query, "key": x_key, "value": x_value}
+        query, key, value = (x @ box[name].mT if name in box else x for name, x in static.items())
+        logits = {"lr": lr, "retention": retention}
+        lr, retention = (x + x_key @ box[name].mT if name in box else x for name, x in logits.items())
+        return unit(query), unit(key), value, F.logsigmoid(retention)[..., 0], 2 * lr.sigmoid()[..., 0]
 
     def _own_values(self, value: Tensor, boxes: Tensor) -> Tensor:  # [B, H, L, d] -> [B, H, L, rows]
         """Return what each memory makes of the value, at most 1 long."""
@@ -292,8 +285,8 @@ class SelfModifyingTitans(nn.Module):
         if self.memory == "mlp":
             state |= {name: memory(*self.initial[name].shape[1:]) for name in ("w1", "w2")}
             state["seen"] = zeros(self.heads, self.width, self.width)
-        state["tail"] = zeros(_CONV_WIDTH - 1, 3 * self.dim)
-        return state | {"step": torch.zeros((), dtype=torch.int64, device=device)}
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        return {**state, "tail": zeros(_CONV_WIDTH - 1, 3 * self.dim), "step": step}
 
 
 def unit(z: Tensor) -> Tensor:

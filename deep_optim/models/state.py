@@ -44,11 +44,16 @@ def detach(state: State) -> State:
     return {name: each.detach() if isinstance(each, Tensor) else detach(each) for name, each in state.items()}
 
 
-def cut(length: int, step: int, chunk_size: int) -> Iterator[tuple[bool, slice]]:
-    """Yield pieces of a sequence, cut where a chunk ends when `step` tokens came before; and whether a chunk begins."""
-    start = 0
-    while start < length:
-        offset = (step + start) % chunk_size
-        stop = min(length, start + chunk_size - offset)
-        yield offset == 0, slice(start, stop)
-        start = stop
+def pieces(tokens: tuple[Tensor, ...], step: int, chunk_size: int) -> Iterator[tuple[bool, list[Tensor]]]:
+    """Cut tensors [B, H, T, ...] where a chunk ends, when `step` tokens came before the T.
+
+    Yields whether a chunk begins with the piece, and the piece. Every tensor is split at once: slices taken one by one
+    would each cost a gradient of the whole length.
+    """
+    length, offset = tokens[0].shape[2], step % chunk_size
+    if not length:
+        return
+    ends = [*range(min(chunk_size - offset, length), length, chunk_size), length]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    for i, piece in enumerate(zip(*(x.split(sizes, 2) for x in tokens), strict=True)):
+        yield i > 0 or offset == 0, list(piece)

@@ -47,8 +47,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # [..., T, answers], [..., m, d] twice
     """Return what D_t answers for the query of every token, and D and the velocity after the last one.
 
-    Exact for every `chunk_size`, which is a matter of cost: a token costs about 2 m d (2 + answers / m) FLOPs and
-    C (2 m + 2 d) more, and T / C steps follow one another. All of it is differentiable.
+    Exact for every `chunk_size`, which is a matter of cost: a token costs 4 m d + 2 answers d FLOPs and about
+    C (4 d + m + 2 answers) more, and T / C steps follow one another. All of it is differentiable.
 
     Args:
         query: where the memory is read, after the token's write.
@@ -64,12 +64,16 @@ def gated_delta_rule(
     """
     if momentum and velocity is None:
         velocity = torch.zeros_like(change)
-    parts = [query[..., :0, :] @ change[..., :answers, :].mT]  # [..., 0, answers]: there may be no token
-    for start in range(0, key.shape[-2], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        q, k, v = (x[..., chunk, :] for x in (query, key, value))
-        weights = chunk_weights(log_decay[..., chunk], momentum)
-        write = _writes(weights, k, v, rate[..., chunk, None], change, velocity)
+    if not key.shape[-2]:
+        return query @ change[..., :answers, :].mT, change, velocity
+    parts = []
+    tokens = (
+        *(x.split(chunk_size, -2) for x in (query, key, value)),
+        *(x.split(chunk_size, -1) for x in (log_decay, rate)),
+    )
+    for q, k, v, log_a, b in zip(*tokens, strict=True):
+        weights = chunk_weights(log_a, momentum)
+        write = _writes(weights, k, v, b[..., None], change, velocity)
         read = change[..., :answers, :], None if velocity is None else velocity[..., :answers, :]
         parts.append(gated_sum_read(weights, q, k, write[..., :answers], *read))
         change, velocity = gated_sum_end(weights, k, write, change, velocity)

@@ -72,7 +72,7 @@ def gated_mlp_memory(
 ) -> tuple[Tensor, Weights, Weights | None]:
     """Return the answers, and D and the velocity after the last of T > 0 tokens within one chunk.
 
-    Costs about 16 d h + 4 T (d + h) FLOPs per token.
+    Costs about 20 d h + 4 T (d + h) FLOPs per token.
 
     Args:
         query: where the memory is read, after the token's write.
