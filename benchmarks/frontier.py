@@ -26,12 +26,12 @@ from .plots import COLORS, STYLE
 MEASURES = ("right_after", "final", "backward_transfer", "forgetting")
 MODES = {"carried": False, "reset": True}
 _MORE_COLORS = {  # an arm and the lower rate that it is compared with share one; references and lower rates are dashed
-    "multi_frequency": "#332288",
-    "low_rate": "#332288",
-    "multi_frequency_momentum": "#AA4499",
-    "low_rate_momentum": "#AA4499",
-    "ewc": "#999933",
-    "replay": "#44AA99",
+    "multi_frequency": "#EE3377",
+    "low_rate": "#EE3377",
+    "multi_frequency_momentum": "#88CC00",
+    "low_rate_momentum": "#88CC00",
+    "ewc": "#885511",
+    "replay": "#00CCEE",
 }
 
 
