@@ -228,3 +228,18 @@ def test_the_printed_rule_diverges_on_the_papers_own_example(lr):
     assert not min(values[1:]) < 1e-6
     if lr >= 1e-3:
         assert not torch.isfinite(point).all() or max(values) > 10 * values[0]
+
+
+@pytest.mark.parametrize(("feature_map", "stays"), [("identity", True), ("soft_rows", False)])
+def test_updates_stay_in_the_span_of_the_gradients_rows_unless_features_change_it(feature_map, stays):
+    """What one task leaves of another whose inputs are orthogonal to its own; rows brought to equal length leave it."""
+    rng = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=rng, dtype=torch.float64)).Q
+    inside, outside = basis[:, :5], basis[:, 5:]
+    param = torch.nn.Parameter(torch.zeros(8, 12, dtype=torch.float64))
+    optimizer = DeltaMomentum([param], lr=0.1, feature_map=feature_map, weight_decay=0.0)
+    for _ in range(5):
+        param.grad = torch.randn(8, 5, generator=rng, dtype=torch.float64) @ inside.mT
+        optimizer.step()
+    left = (param.detach() @ outside).norm() / param.detach().norm()
+    assert (left < 1e-6) == stays
