@@ -18,6 +18,7 @@ BENCHMARKS = {
     "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
     "models": "what sequence models can learn of problems with a known answer",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
+    "throughput": "tokens per second, activations and state of the sequence models",
     "overhead": "what watching inputs and chunks of gradients add to a training step",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
 }

@@ -175,16 +175,17 @@ def bytes_and_flops(optimizers: list[Optimizer], parameters: int) -> dict[str, f
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
-    """Bytes of all tensors the optimizers keep, nested ones included."""
+    """Bytes of all tensors the optimizers keep."""
+    return sum(tensor_bytes(dict(optimizer.state)) for optimizer in optimizers)
 
-    def size(value: Any) -> int:
-        if isinstance(value, torch.Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, dict):
-            return sum(map(size, value.values()))
-        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
 
-    return sum(size(dict(optimizer.state)) for optimizer in optimizers)
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _arm(optimizers: list[Optimizer], steps: int, device: str) -> Callable[[], None]:

@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
+from benchmarks import throughput
 from benchmarks.lesson import Lesson, accuracy
 from benchmarks.problems import IGNORE, make_problem
 from benchmarks.sequence_models import MODELS, DeltaNet, LinearAttention
@@ -104,3 +105,33 @@ def test_an_unknown_model_or_problem_is_refused(capsys):
         with pytest.raises(SystemExit):
             command.main(["models", *arguments])
         assert said in capsys.readouterr().err
+
+
+def test_throughput_writes_times_and_exact_bytes(tmp_path):
+    file = tmp_path / "throughput.json"
+    sizes = ["--dim", "16", "--layers", "1", "--tokens", "128", "--lengths", "64,128", "--rounds", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "LOOP_LENGTH", 32)
+        assert command.main(["throughput", "--models", "hope", *sizes, "--output", str(file)]) == 0
+    document = json.loads(file.read_text())
+    short, long = document["lengths"]["64"], document["lengths"]["128"]
+    cache = 2 * 4 * 16  # keys and values of one token in float32
+    assert short["transformer"]["state_bytes_per_sample"] == 64 * cache
+    assert long["transformer"]["state_bytes_per_sample"] == 128 * cache
+    sizes = [rows["hope"]["state_bytes_per_sample"] for rows in (short, long)]
+    assert sizes[0] == pytest.approx(sizes[1], abs=8) and sizes[0] > 0  # but for the counter that samples share
+    assert document["chunks"]["ratio"] > 0 and short["transformer"]["ratio"] == 1.0
+
+
+def test_saved_bytes_are_what_autograd_keeps():
+    class Square(torch.nn.Module):
+        def forward(self, tokens):
+            return self.logits(tokens), {}
+
+        def logits(self, tokens):
+            x = torch.zeros(*tokens.shape, 5, requires_grad=True)
+            return x * x  # keeps x, 4 · 5 bytes a token, once
+
+    tokens = torch.zeros(2, 9, dtype=torch.long)
+    # cross-entropy keeps its log-probabilities, the targets, and a weight of one number
+    assert throughput.saved_bytes(Square(), tokens) == 16 * (4 * 5 + 4 * 5 + 8) + 4
