@@ -142,12 +142,14 @@ def test_erasing_never_expands_in_float32(common):
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_decays_of_a_thousandth_keep_float32_accurate(momentum):
     """After 13 such tokens a product of decays is below float32."""
-    inputs = make((64, 8, 5), lowest_decay=1e-3)
-    single = [tensor.float() for tensor in inputs]
-    out = gated_delta_rule(*single, momentum=momentum)
-    exact = gated_delta_rule_reference(*(tensor.double() for tensor in single), momentum=momentum)
-    for ours, theirs in zip(out[:2], exact[:2], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    single = [tensor.float().requires_grad_() for tensor in make((64, 8, 5), lowest_decay=1e-3)]
+    double = [tensor.detach().double().requires_grad_() for tensor in single]
+    out = gated_delta_rule(*single, momentum=momentum)[:2]
+    exact = gated_delta_rule_reference(*double, momentum=momentum)[:2]
+    grads = torch.autograd.grad(sum(each.square().sum() for each in out), single)
+    exact_grads = torch.autograd.grad(sum(each.square().sum() for each in exact), double)
+    for ours, theirs in zip((*out, *grads), (*exact, *exact_grads), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("rate, diverges", [(1.0, True), (0.1, False)])
