@@ -275,13 +275,13 @@ def test_trains_saves_loads_copies_and_pickles(case: ModelCase):
     model, tokens = case.make(), make_tokens(4, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(8):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     expected, _ = model(tokens)
     other = case.make()
     other.load_state_dict(model.state_dict())

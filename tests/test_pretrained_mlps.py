@@ -65,8 +65,10 @@ def test_any_modules_gradients_are_those_of_the_closed_form():
     key, value, rate = torch.randn(3, 4, 6).double(), torch.randn(3, 4, 6).double(), torch.rand(3, 4).double()
     general = {f"{name}.weight": weight for name, weight in weights.items()}
     torch.testing.assert_close(ModuleBlock(block).read(general, key), block.read(weights, key))
-    gradients = ModuleBlock(block).gradients(general, key, value, rate)
-    for name, gradient in block.gradients(weights, key, value, rate).items():
+    answer, gradients = ModuleBlock(block).gradients(general, key, value, rate)
+    closed_answer, closed = block.gradients(weights, key, value, rate)
+    torch.testing.assert_close(answer, closed_answer)
+    for name, gradient in closed.items():
         torch.testing.assert_close(gradients[f"{name}.weight"], gradient)
 
 

@@ -27,9 +27,9 @@ def test_gradients_are_autograds_of_the_stated_objective(shape):
     weights, key, value, rate = make(shape)
     leaves = [weight.requires_grad_() for weight in weights]
     loss = 0.5 * (rate * (read_swiglu(weights, key) - value).square().sum(-1)).sum()
-    for ours, theirs in zip(
-        swiglu_gradients(weights, key, value, rate), torch.autograd.grad(loss, leaves), strict=True
-    ):
+    answers, gradients = swiglu_gradients(weights, key, value, rate)
+    torch.testing.assert_close(answers, read_swiglu(weights, key))
+    for ours, theirs in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -38,7 +38,7 @@ def test_can_be_differentiated_through():
     inputs = tuple(tensor.requires_grad_() for tensor in (*weights, key, value, rate))
 
     def step(gate, up, down, key, value, rate):
-        gradients = swiglu_gradients(SwiGLU(gate, up, down), key, value, rate)
-        return read_swiglu(SwiGLU(gate - gradients.gate, up - gradients.up, down - gradients.down), key)
+        answers, gradients = swiglu_gradients(SwiGLU(gate, up, down), key, value, rate)
+        return answers + read_swiglu(SwiGLU(gate - gradients.gate, up - gradients.up, down - gradients.down), key)
 
     assert torch.autograd.gradcheck(step, inputs)

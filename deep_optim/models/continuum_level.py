@@ -15,7 +15,7 @@ zero.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Protocol
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .state import State, check_state, size_of
+
+Weights = dict[str, Tensor]
 
 
 class Block(Protocol):
@@ -33,7 +35,7 @@ class Block(Protocol):
     def read(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor: ...
     def gradients(
         self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor, rate: Tensor
-    ) -> dict[str, Tensor]: ...
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 class ContinuumLevel(nn.Module):
@@ -99,46 +101,53 @@ class ContinuumLevel(nn.Module):
             y, state = run(x.to(self._dtype), state or self.initial_state(len(x)), initial, elapsed)
             return y.to(x.dtype), state
 
-    def _recall(self, x: Tensor, state: State, initial: dict[str, Tensor], elapsed: int) -> tuple[Tensor, State]:
+    def _recall(self, x: Tensor, state: State, initial: Weights, elapsed: int) -> tuple[Tensor, State]:
         return self.block.read(_sum(initial, state["written"]), x), state
 
-    def _learn(self, x: Tensor, state: State, initial: dict[str, Tensor], elapsed: int) -> tuple[Tensor, State]:
-        size, dtype = self.chunk_size, x.dtype
-        written = state["written"]
+    def _learn(self, x: Tensor, state: State, initial: Weights, elapsed: int) -> tuple[Tensor, State]:
+        size = self.chunk_size
         inputs = torch.cat([state["inputs"], x], 1)  # one of the last chunk, those that wait, and the new ones
-        waiting = state["inputs"].shape[1] - 1
-        end = waiting + x.shape[1]
+        waiting, end = state["inputs"].shape[1] - 1, inputs.shape[1] - 1
         full = end // size * size  # tokens in chunks that are complete
-        key, token = inputs[:, :full], inputs[:, 1 : full + 1]  # x_{t−1}, x_t  [B, full, D]
-        value = self.block.read(initial, key) + token @ self.target.weight.to(dtype).mT
-        openness = 2 * torch.sigmoid(token @ self.gate.weight.to(dtype)[0])
-        rate = self.inner_lr * openness / (size * self.dim)  # η_t / (C D)  [B, full]
-        answers: list[Tensor] = []
-        for start in range(0, end + 1, size):
-            stop = start + size
-            weights = _sum(initial, written)
-            new = inputs[:, 1 + max(start, waiting) : 1 + stop]
-            if new.shape[1] or not answers:
-                answers.append(self.block.read(weights, new))
-            if stop <= full:
-                chunk = slice(start, stop)
-                if self.restart and (elapsed - waiting + stop) % self.restart == 0:
-                    written = {name: torch.zeros_like(each) for name, each in written.items()}
-                else:
-                    gradients = self.block.gradients(weights, key[:, chunk], value[:, chunk], rate[:, chunk])
-                    written = self._step(written, gradients, initial)
-        return torch.cat(answers, 1), {"written": written, "inputs": inputs[:, full:].clone()}
+        weights = _sum(initial, state["written"])
+        answers = []
+        for stop, chunk in zip(range(size, full + 1, size), self._chunks(inputs[:, : full + 1], initial), strict=True):
+            answer, gradients = self.block.gradients(weights, *chunk)
+            answers.append(answer[:, 1:])
+            if self.restart and (elapsed - waiting + stop) % self.restart == 0:
+                weights = {name: weight.expand_as(weights[name]) for name, weight in initial.items()}
+            else:
+                weights = self._step(weights, gradients, initial)
+        rest = inputs[:, full:]
+        answers.append(self.block.read(weights, rest[:, 1:]))
+        written = {name: weight - initial[name] for name, weight in weights.items()} if full else state["written"]
+        return torch.cat(answers, 1)[:, waiting:], {"written": written, "inputs": rest.clone()}
 
-    def _step(
-        self, written: dict[str, Tensor], gradients: dict[str, Tensor], initial: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return W − W₀ after an update."""
+    def _chunks(self, inputs: Tensor, initial: Weights) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield keys x_{t−1}, values and rates of every chunk; behind them x_t of the last t, which is only read.
+
+        What does not depend on the weights of the moment is computed for all chunks at once.
+        """
+        size = self.chunk_size
+        if inputs.shape[1] <= size:
+            return
+        key, token = inputs[:, :-1], inputs[:, 1:]
+        value = self.block.read(initial, key) + token @ self.target.weight.to(inputs.dtype).mT
+        openness = 2 * torch.sigmoid(token @ self.gate.weight.to(inputs.dtype)[0])
+        rate = self.inner_lr * openness / (size * self.dim)  # η_t / (C D)  [B, full]
+        keys = inputs.unfold(1, size + 1, size).mT.unbind(1)  # each [B, C + 1, D]
+        values = nn.functional.pad(value.unflatten(1, (-1, size)), (0, 0, 0, 1)).unbind(1)
+        rates = nn.functional.pad(rate.unflatten(1, (-1, size)), (0, 1)).unbind(1)
+        yield from zip(keys, values, rates, strict=True)
+
+    def _step(self, weights: Weights, gradients: Weights, initial: Weights) -> Weights:
+        """Return W after an update."""
         new = {}
         for name, gradient in gradients.items():
             limit = self.max_step**2 * initial[name].square().sum() + 1e-12  # of weights that are all zero: about none
-            square = gradient.square().flatten(1).sum(1) / limit  # (‖G‖ / (max_step ‖W₀‖))²  [B]
-            step = gradient * torch.rsqrt(1 + square).view(-1, *[1] * (gradient.ndim - 1))
-            new[name] = self.retention * written[name] - step
+            square = torch.linalg.vector_norm(gradient.flatten(1), dim=1).square() / limit  # (‖G‖ / (max_step ‖W₀‖))²
+            scale = torch.rsqrt(1 + square).view(-1, *[1] * (gradient.ndim - 1))
+            new[name] = torch.addcmul(torch.lerp(initial[name], weights[name], self.retention), gradient, -scale)
         return new
 
     def initial_state(self, batch_size: int) -> State:
@@ -163,7 +172,7 @@ class ContinuumLevel(nn.Module):
             like["inputs"] = like["inputs"].expand(-1, tokens, -1)
         check_state(state, like)
 
-    def _initial(self) -> dict[str, Tensor]:
+    def _initial(self) -> Weights:
         """Return W₀, in the dtype of the memory."""
         return {name: weight.to(self._dtype) for name, weight in self.block.weights().items()}
 
@@ -173,7 +182,7 @@ class ContinuumLevel(nn.Module):
         return torch.float64 if self.gate.weight.dtype == torch.float64 else torch.float32
 
 
-def _sum(initial: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sum(initial: Weights, written: Weights) -> Weights:
     """Return W = W₀ + (W − W₀), one set of weights per sample."""
     return {name: weight + written[name] for name, weight in initial.items()}
 

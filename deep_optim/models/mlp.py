@@ -40,6 +40,9 @@ class MLP(nn.Module):
         """Return f(x) under the given weights, one set or one per sample."""
         return read_swiglu(SwiGLU(**weights), x)
 
-    def gradients(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor, rate: Tensor) -> dict[str, Tensor]:
-        """Return the gradients of ½ Σ_t rate_t ‖f(key_t) − value_t‖² for every sample's own weights."""
-        return swiglu_gradients(SwiGLU(**weights), key, value, rate)._asdict()
+    def gradients(
+        self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor, rate: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return f(key), and the gradients of ½ Σ_t rate_t ‖f(key_t) − value_t‖², for every sample's own weights."""
+        answer, gradients = swiglu_gradients(SwiGLU(**weights), key, value, rate)
+        return answer, gradients._asdict()

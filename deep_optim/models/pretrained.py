@@ -43,17 +43,20 @@ class ModuleBlock(nn.Module):
             return torch.func.functional_call(self.module, dict(weights), x)
         return torch.func.vmap(self._answer, randomness="different")(dict(weights), x)
 
-    def gradients(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor, rate: Tensor) -> dict[str, Tensor]:
-        """Return the gradients of ½ Σ_t rate_t ‖f(key_t) − value_t‖² for every sample's own weights."""
-        gradient = torch.func.grad(self._objective)
-        return torch.func.vmap(gradient, randomness="different")(dict(weights), key, value, rate)
+    def gradients(
+        self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor, rate: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return f(key), and the gradients of ½ Σ_t rate_t ‖f(key_t) − value_t‖², for every sample's own weights."""
+        gradient = torch.func.grad(self._objective, has_aux=True)
+        gradients, answer = torch.func.vmap(gradient, randomness="different")(dict(weights), key, value, rate)
+        return answer, gradients
 
     def _answer(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:  # [n, D] -> [n, D]
         return torch.func.functional_call(self.module, weights, x[None])[0]
 
-    def _objective(self, weights: dict[str, Tensor], key: Tensor, value: Tensor, rate: Tensor) -> Tensor:
-        error = self._answer(weights, key) - value
-        return 0.5 * (rate * error.square().sum(-1)).sum()
+    def _objective(self, weights: dict[str, Tensor], key: Tensor, value: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+        answer = self._answer(weights, key)
+        return 0.5 * (rate * (answer - value).square().sum(-1)).sum(), answer
 
 
 class _Run(NamedTuple):
