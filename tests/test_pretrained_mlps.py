@@ -123,6 +123,16 @@ def test_any_mlps_stream_and_stop_writing_and_stay_apart():
     torch.testing.assert_close(continuum(x[1:])[0], whole[1:], **CLOSE)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_levels_learn_where_no_gradient_is_recorded(mode):
+    continuum, x = make_continuum(make_decoder(), name="ff"), make_inputs()
+    expected, _ = continuum(x)
+    with mode():
+        y, state = continuum(x)
+    torch.testing.assert_close(y, expected, **CLOSE)
+    assert not state["layers.0.ff"]["written"]["0.weight"].requires_grad
+
+
 def test_every_parameter_has_a_gradient_through_the_writes():
     continuum, x = make_continuum(make_decoder(), name="ff"), make_inputs(17)
     continuum(x)[0].square().sum().backward()
