@@ -1,6 +1,7 @@
 """Optimizers as associative memories: drop-in `torch.optim` replacements from Nested Learning (arXiv:2512.24695)."""
 
 from .capture import capture_inputs
+from .create import create_optimizer, list_optimizers
 from .optimizers.delta_momentum import DeltaMomentum
 from .optimizers.dgd import DGD
 from .optimizers.dmgd import DMGD
@@ -21,6 +22,8 @@ __all__ = [
     "MultiFrequency",
     "PreconditionedMomentum",
     "capture_inputs",
+    "create_optimizer",
+    "list_optimizers",
     "param_groups",
 ]
 __version__ = "0.1.0"

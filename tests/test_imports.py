@@ -18,8 +18,15 @@ ALLOWED = {
     "deep_optim.routing": ("torch",),
     "deep_optim.capture": ("torch", "deep_optim.layer_inputs"),
     "deep_optim.layer_inputs": ("torch",),
+    "deep_optim.create": (
+        "torch",
+        "deep_optim.optimizers",
+        "deep_optim.routing",
+        "deep_optim.capture",
+    ),
     "deep_optim.integrations": (
         "torch",
+        "deep_optim.create",
         "deep_optim.ops",
         "deep_optim.optimizers",
         "deep_optim.routing",
