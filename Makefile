@@ -33,7 +33,7 @@ test: $(STAMP)
 	@echo "Checking types"
 	@$(BIN)/mypy
 	@echo "Testing"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 docs: $(DOCS_STAMP)
 	@echo "Building the documentation"

@@ -169,12 +169,14 @@ class InputCapture:
         device = next(iter(self._seen)).weight.device
         used = torch.tensor([not inputs.empty for inputs in self._seen.values()], dtype=torch.int32, device=device)
         dist.all_reduce(used, group=group)
-        summed = {}
+        summed, under_way = {}, []
         for (module, inputs), ranks in zip(self._seen.items(), used.tolist(), strict=True):
             if ranks:
                 gram = inputs.total(module).clone()  # other layers may hold the same tensor
-                dist.all_reduce(gram, group=group)
+                under_way.append(dist.all_reduce(gram, group=group, async_op=True))  # while the next is summed up
                 summed[module] = _Sum(gram)
+        for reduction in under_way:
+            reduction.wait()
         return summed
 
     def _observe(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:

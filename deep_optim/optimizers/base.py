@@ -5,10 +5,11 @@
     W ← (1 − lr · weight_decay) · W − lr · (σ(direction) + pull(W))
 
 A group is stepped in stacks [B, m, n]: parameters of one shape are handed to `update` together, so that the equation
-is written once and a step has few launches. State is kept per parameter and never shows the stacking.
+is written once and a step has few launches. State is kept per parameter and never shows the stacking. Sharded matrices
+are stepped whole, each on one rank (`sharding`), or where they are, if `entrywise` says that nothing needs them whole.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -22,7 +23,9 @@ from .checkpoint import ExactStateMixin
 from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
 from .rounding import COMPENSATION, exact_dtype, from_master, init_compensation, to_master
-from .sharding import local, local_of, whole
+from .sharded_step import entry_by_entry, matrix_by_matrix
+from .sharding import Loads, can_spread, local_of, matrix_cost, whole
+from .stacks import as_matrices, matrices, stack, stacks, unstack
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
 # The older name is for torch before it had the newer one, and warns where it has both.
@@ -30,9 +33,6 @@ _check_graph_capture: Callable[[torch.optim.Optimizer], None] = (
     getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
     or torch.optim.Optimizer._cuda_graph_capture_health_check
 )
-
-_STACK_NUMEL = 2**24  # 64 MB in float32: enough to fill a device, small beside a model
-_CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporaries cost a page fault each time
 
 
 class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
@@ -50,6 +50,9 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
 
     group_defaults: ClassVar[dict[str, Any]] = {"rule": "memory", "split": 1}
     per_parameter: ClassVar[tuple[str, ...]] = (COMPENSATION,)  # names of state that stay out of the stacks
+    read_only: ClassVar[tuple[str, ...]] = ()  # names of state that stacks read and never write
+    reads_weights: ClassVar[bool] = False  # whether `pull` does
+    loads: Loads  # of the step under way
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.check_group({**self.group_defaults, **defaults})
@@ -112,9 +115,17 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     ) -> Tensor | None:
         """Return what draws at the weights [B, m, n] past the output map, or None for nothing but `weight_decay`.
 
-        Like it, it is taken at the old weights (`matrices` stacks them), and is not turned around by `maximize`.
+        Like it, it is taken at the old weights (`matrices` stacks `params`), and is not turned around by `maximize`.
         """
         return None
+
+    def entrywise(self, group: dict[str, Any]) -> bool:
+        """Return whether `features` and `update` work entry by entry, and nothing follows but the output map."""
+        return False
+
+    def cost(self, param: Tensor, group: dict[str, Any]) -> float:
+        """Return what a matrix costs beside others of the group, by which sharded ones are spread over the ranks."""
+        return matrix_cost(param)
 
     def read(self, written: Tensor, memory: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the memory, or under Nesterov the memory with the same write added once more."""
@@ -154,6 +165,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:  # before anything is written
             self.check_gradients(group)
+        self.loads = {}
         for group in self.param_groups:
             params: list[Tensor] = []
             self._init_group(group, params)
@@ -186,63 +198,57 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         vectors = [param for param in params if not has_memory(param, group)]
         if vectors:
             adamw_step(vectors, [self.state[param] for param in vectors], group)
-        for stack in _stacks([param for param in params if has_memory(param, group)]):
-            self._step_stack(group, stack)
+        having = [param for param in params if has_memory(param, group)]
+        sharded = [param for param in having if can_spread(param, param.grad)]
+        if sharded:
+            self._step_sharded(group, sharded)
+        for members in stacks([param for param in having if not can_spread(param, param.grad)]):
+            self._step_stack(group, members)
 
     def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Step parameters of one shape; with m × n matrices and B = split · len(params), all is [B, m, n]."""
-        shape = matrix_shape(params[0], group)
         states = [self.state[param] for param in params]
-        for state in states:
-            if "step" in state:
-                state["step"] += 1
-        grad = matrices([param.grad for param in params], shape, exact_dtype(params[0]))  # type: ignore[misc]
+        _count_step(states)
+        grads = [param.grad for param in params if param.grad is not None]  # all have one
+        descend(params, states, self.direction(group, params, params, grads, states), group)
+
+    def direction(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        weights: list[Tensor],  # of `params`, whole
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+    ) -> Tensor:  # [B, m, n]
+        """Write the gradients into the memories and return what the weights are to be moved against."""
+        shape = matrix_shape(grads[0], group)
+        grad = matrices(grads, shape, exact_dtype(grads[0]))
         names = [name for name in states[0] if name not in self.per_parameter]
-        before = {name: _stack([as_matrices(state[name], params[0], shape) for state in states]) for name in names}
+        before = {name: stack([as_matrices(state[name], grads[0], shape) for state in states]) for name in names}
         stacked = before | self.observed(params, group)
 
         written = self.features(-grad if group["maximize"] else grad, stacked, group)
         direction = self.output(self.update(written, stacked, group), written, stacked, group)
-        pull = self.pull(params, written, stacked, group)
+        pull = self.pull(weights, written, stacked, group)
 
         for name in names:
             if stacked[name] is not before[name]:
-                _unstack([state[name] for state in states], stacked[name])
-        descend(params, states, direction if pull is None else direction + pull, group)
+                unstack([state[name] for state in states], stacked[name])
+        return direction if pull is None else direction + pull
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # ranks wait for one another
+    def _step_sharded(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Step sharded parameters of any shapes."""
+        states = [self.state[param] for param in params]
+        _count_step(states)
+        directions = (entry_by_entry if self.entrywise(group) else matrix_by_matrix)(self, group, params)
+        descend_along(params, states, directions, group)
 
 
-def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut `params` into stacks of one shape, dtype and device."""
-    groups: dict[Any, list[Tensor]] = {}
-    for param in params:
-        groups.setdefault((type(param), param.shape, param.dtype, param.device), []).append(param)
-    for members in groups.values():
-        size = (_CPU_STACK_NUMEL if members[0].is_cpu else _STACK_NUMEL) // members[0].numel()
-        size = size if size >= 4 else 1  # a stack of two or three large matrices costs more copies than it saves calls
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
-
-
-def as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return a tensor of the state as `update` is to see it: one of the parameter's shape as `shape`, others whole."""
-    if tensor.ndim == 0 and param.ndim > 0:  # a counter, one for all blocks of the parameter
-        return tensor.view(1, 1, 1).expand(shape[0], 1, 1)
-    return whole(tensor).reshape(shape) if tensor.shape == param.shape else tensor
-
-
-def matrices(tensors: list[Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """Return the stack [B, m, n] of whole tensors, each read as `shape`."""
-    return _stack([whole(tensor).to(dtype).reshape(shape) for tensor in tensors])
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _unstack(tensors: list[Tensor], stacked: Tensor) -> None:
-    """Write the blocks of a stack to the tensors they came from."""
-    for tensor, block in zip(tensors, stacked.chunk(len(tensors)), strict=True):
-        local(tensor).copy_(local_of(block.reshape(tensor.shape), tensor))
+def _count_step(states: list[dict[str, Tensor]]) -> None:
+    for state in states:
+        if "step" in state:
+            state["step"] += 1
 
 
 def capturing(param: Tensor) -> bool:
@@ -257,14 +263,21 @@ def only_makes_state(param: Tensor, group: dict[str, Any]) -> bool:
 
 def descend(params: list[Tensor], states: list[dict[str, Tensor]], direction: Tensor, group: dict[str, Any]) -> None:
     """W ← (1 − lr · weight_decay) · W − lr · D, in place, for parameters that share out the stack D."""
+    blocks = direction.chunk(len(params))
+    directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
+    descend_along(params, states, directions, group)
+
+
+def descend_along(
+    params: list[Tensor], states: list[dict[str, Tensor]], directions: list[Tensor], group: dict[str, Any]
+) -> None:
+    """The same for this rank's shards of a direction for each parameter."""
     lr, weight_decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
-        direction, step = lr * direction, -1.0
+        directions, step = list(torch._foreach_mul(directions, lr)), -1.0
     else:
         step = -lr
-    blocks = direction.chunk(len(params))
-    directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
     masters = [to_master(param, state) for param, state in zip(params, states, strict=True)]
     if weight_decay != 0:
         torch._foreach_mul_(masters, 1 - lr * weight_decay)

@@ -12,7 +12,7 @@ product whose step is gradient descent. Printed, rho is 1, for weights inside a 
 solution, 1/(1 + rho) of it in general. Here rho is small and, as weight decay in AdamW, outside the memory and σ.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from torch.optim.optimizer import ParamsT
 from deep_optim.capture import InputCapture
 from deep_optim.ops.newton_schulz import Coefficients
 
-from .base import matrices
 from .input_keyed import InputKeyedOptimizer, Missing
 from .matrices import matrix_shape
 from .output_map import OutputMap
+from .stacks import matrices
 from .validation import check_at_least
 
 
@@ -69,6 +69,8 @@ class DGD(InputKeyedOptimizer):
     Example:
         >>> optimizer = DGD(model.parameters(), lr=1e-3, inputs=capture_inputs(model))  # doctest: +SKIP
     """
+
+    reads_weights: ClassVar[bool] = True
 
     def __init__(
         self,

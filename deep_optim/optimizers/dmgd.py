@@ -30,13 +30,14 @@ from deep_optim.ops.frobenius import frobenius_norm
 from deep_optim.ops.mlp_memory import MLPMemory
 from deep_optim.ops.newton_schulz import Coefficients
 
-from .base import MemoryOptimizer, as_matrices, capturing
+from .base import MemoryOptimizer, capturing
 from .delta_momentum import check_read_and_steps, check_stable, read_out
 from .matrices import has_memory, matrix_shape
 from .memory_report import MemoryReport, report
 from .output_map import OutputMap
 from .rounding import exact_dtype
 from .sharding import local, whole
+from .stacks import as_matrices
 from .validation import check_at_least, check_choice, check_count
 
 NonFinite = Literal["raise", "skip"]
@@ -168,6 +169,10 @@ class DMGD(MemoryOptimizer):
         if m < n:  # a wide memory is kept as the transpose of a tall one
             w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
         return dict(zip(_NAMES, (torch.zeros_like(param), w1, w2), strict=True))
+
+    def cost(self, param: Tensor, group: dict[str, Any]) -> float:
+        _, m, n = matrix_shape(param, group)
+        return super().cost(param, group) * (1 + group["hidden_dim"] / min(m, n)) ** 2
 
     def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         return feature_map(grad, "soft_rows")

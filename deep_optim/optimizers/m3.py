@@ -28,10 +28,10 @@ from torch.optim.optimizer import ParamsT
 from deep_optim.ops.frobenius import frobenius_norm
 from deep_optim.ops.newton_schulz import Coefficients
 
-from .base import MemoryOptimizer, as_matrices
+from .base import MemoryOptimizer
 from .matrices import has_memory, matrix_shape
 from .output_map import orthogonalise, weight_seen
-from .sharding import local, local_of
+from .sharding import local, on_whole
 from .validation import check_at_least, check_choice, check_count
 
 Mix = Literal["post", "pre"]
@@ -88,6 +88,7 @@ class M3(MemoryOptimizer):
     # both memories are orthogonalised: the output map is no argument
     group_defaults: ClassVar[dict[str, Any]] = {**MemoryOptimizer.group_defaults, "output": "newton_schulz"}
     per_parameter: ClassVar[tuple[str, ...]] = (*MemoryOptimizer.per_parameter, "slow.memory")
+    read_only: ClassVar[tuple[str, ...]] = ("slow.answer",)
 
     def __init__(
         self,
@@ -184,8 +185,7 @@ class M3(MemoryOptimizer):
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         slow = [param for param in params if "slow.memory" in self.state[param]]
-        for param in slow:
-            self._begin_chunk(param, group)
+        self._begin_chunks(slow, group)
         if slow:  # out of the stacks, in place: entry by entry, each rank writes its own shard
             memories = [local(self.state[param]["slow.memory"]) for param in slow]
             grads = [local(param.grad) for param in slow]  # type: ignore[arg-type]
@@ -193,19 +193,20 @@ class M3(MemoryOptimizer):
             torch._foreach_add_(memories, grads, alpha=-share if group["maximize"] else share)
         super()._step_group(group, params)
 
-    def _begin_chunk(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _begin_chunks(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """At the first step of a chunk, keep what the slow memory answers, and let the memory fade."""
-        state, chunk_size = self.state[param], group["chunk_size"]  # the counter is of the steps before this one
-        if not (torch.compiler.is_compiling() or group["capturable"]) and state["step"].item() % chunk_size:
-            return
-        first = (state["step"] % chunk_size == 0).to(param.device)
-        slow = local(state["slow.memory"])
-        answer = slow
+        on_device = torch.compiler.is_compiling() or group["capturable"]
+        chunk_size = group["chunk_size"]
+        states = [self.state[param] for param in params]  # whose counters are of the steps before this one
+        states = [state for state in states if on_device or not state["step"].item() % chunk_size]
+        answers = memories = [state["slow.memory"] for state in states]
         if group["mix"] == "post":
-            matrices = as_matrices(state["slow.memory"], param, matrix_shape(param, group))  # [split, m, n]
-            answer = local_of(orthogonalise(matrices, group).reshape(param.shape), param)
-        for old, new in ((local(state["slow.answer"]), answer), (slow, group["slow_beta"] * slow)):
-            old.copy_(torch.where(first, new, old))
+            answers = on_whole(memories, lambda memory: _answer(memory, group), self.loads)
+        for state, answer in zip(states, answers, strict=True):
+            memory = local(state["slow.memory"])
+            first = (state["step"] % chunk_size == 0).to(memory.device)
+            for old, new in ((local(state["slow.answer"]), local(answer)), (memory, group["slow_beta"] * memory)):
+                old.copy_(torch.where(first, new, old))
 
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)
@@ -239,3 +240,7 @@ class M3(MemoryOptimizer):
         second = state["exp_avg_sq"] / weight_seen(beta2, state["step"].to(output))
         weight = 1 / (second.sqrt() + group["eps"]).clamp(min=torch.finfo(output.dtype).tiny)
         return output.mul_(weight * (frobenius_norm(size) / frobenius_norm(weight * size)))
+
+
+def _answer(memory: Tensor, group: dict[str, Any]) -> Tensor:
+    return orthogonalise(memory.reshape(matrix_shape(memory, group)), group).reshape(memory.shape)

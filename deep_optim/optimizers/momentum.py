@@ -111,6 +111,9 @@ class Momentum(MemoryOptimizer):
     def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"memory": torch.zeros_like(param)}
 
+    def entrywise(self, group: dict[str, Any]) -> bool:
+        return group["feature_map"] == "identity"
+
     def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         return feature_map(grad, group["feature_map"])
 

@@ -143,6 +143,9 @@ class PreconditionedMomentum(MemoryOptimizer):
             }
         return state
 
+    def entrywise(self, group: dict[str, Any]) -> bool:
+        return group["preconditioner"] in ("identity", "diagonal")
+
     def features(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         kind, beta = group["preconditioner"], group["precondition_beta"]
         if kind == "diagonal":

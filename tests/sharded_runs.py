@@ -1,0 +1,102 @@
+"""What the ranks of test_sharded_steps.py do: train, and tell what came of it, what was sent and what was computed."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import CASES, Case
+from problem import gradient, make_params
+
+# Rows that two and four ranks share unevenly, or not at all; some twice, to be stacked.
+SHAPES = ((6, 4), (7, 5), (3, 8), (3, 8), (1, 6), (4, 3, 2, 2), (7,), (8, 8), (5, 4))
+LAYOUTS = ("rows", "columns", "replicas", "rows and columns", "rows twice", "replicated")
+STEPS = 3
+
+
+class Sent(TorchDispatchMode):
+    """Counts the collectives and the bytes that this rank hands to each of them."""
+
+    def __enter__(self) -> "Sent":
+        self.calls: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and not func.__name__.startswith(("wait", "_wrap")):
+            name = func.__name__.split(".")[0]
+            given = args[1] if name == "alltoall_base_" else args[0]
+            tensors = [given] if isinstance(given, Tensor) else list(_tensors(given))
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.bytes[name] = self.bytes.get(name, 0) + sum(each.numel() * each.element_size() for each in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(given: Any) -> Iterable[Tensor]:
+    for each in given if isinstance(given, (list, tuple)) else ():
+        yield from [each] if isinstance(each, Tensor) else _tensors(each)
+
+
+@functools.cache
+def mesh(dimensions: int) -> DeviceMesh:
+    """Return all ranks in a row, or in two."""
+    world = dist.get_world_size()
+    if dimensions == 1:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+
+
+def mesh_and_placements(layout: str, ndim: int) -> tuple[DeviceMesh, list[Placement]]:
+    """Return where a parameter of so many dimensions is, in one of LAYOUTS."""
+    columns = Shard(1) if ndim > 1 else Shard(0)
+    if layout in ("rows", "columns", "replicated"):
+        placement = {"rows": Shard(0), "columns": columns, "replicated": Replicate()}[layout]
+        return mesh(1), [placement]
+    outer = {"replicas": Replicate(), "rows and columns": Shard(0), "rows twice": Shard(0)}[layout]
+    return mesh(2), [outer, columns if layout == "rows and columns" else Shard(0)]
+
+
+def train_sharded(case: Case, layout: str) -> dict[str, Any]:
+    """Train SHAPES in a layout, and return what one process can be compared with."""
+    wheres = [mesh_and_placements(layout, len(shape)) for shape in SHAPES]
+    plain = make_params(SHAPES)
+    params = [nn.Parameter(distribute_tensor(p.detach(), *where)) for p, where in zip(plain, wheres, strict=True)]
+    optimizer = case.make(params)
+    for step in range(STEPS):
+        for index, (param, where) in enumerate(zip(params, wheres, strict=True)):
+            param.grad = distribute_tensor(gradient(plain[index], step, index), *where)
+        sent, flops = Sent(), FlopCounterMode(display=False)
+        with sent, flops:
+            optimizer.step()
+    states = [optimizer.state[param] for param in params]
+    return {
+        "params": [param.detach().full_tensor() for param in params],
+        "states": [{name: gathered(value) for name, value in state.items()} for state in states],
+        "plain": [{name: v for name, v in state.items() if not isinstance(v, DTensor)} for state in states],
+        "elsewhere": [
+            name
+            for param, state in zip(params, states, strict=True)
+            for name, value in state.items()
+            if isinstance(value, DTensor)
+            and (value.placements, value.device_mesh) != (param.placements, param.device_mesh)
+        ],
+        "calls": sent.calls,
+        "bytes": sent.bytes,
+        "flops": flops.get_total_flops(),
+    }
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def runs(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return `train_sharded` of (case, layout) by "case, layout"."""
+    cases = {case.id: case for case in CASES}
+    return {f"{case}, {layout}": train_sharded(cases[case], layout) for case, layout in pairs}

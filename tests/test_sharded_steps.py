@@ -1,0 +1,97 @@
+"""Sharded parameters on two and four ranks: the step of one process, spread, each matrix sent once each way."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import CASES
+from problem import assert_same, make_params, train
+from ranks import on_ranks
+from sharded_runs import LAYOUTS, SHAPES, STEPS, runs
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts them, once
+
+TABLE = {case.id: case for case in CASES if not case.control}
+ON_TWO = [(case, "rows") for case in TABLE]
+ON_FOUR = [(case, layout) for case in ("momentum", "dmgd", "m3", "dgd") for layout in LAYOUTS]  # one of each kind
+ENTRY_BY_ENTRY = (  # nothing is needed whole
+    "momentum-identity",
+    "momentum-adam",
+    "momentum-adamw-rule",
+    "preconditioned-diagonal-identity",
+    "preconditioned-diagonal-adam",
+    "multi-frequency-adam",
+)
+BOTH = [*((2, *pair) for pair in ON_TWO), *((4, *pair) for pair in ON_FOUR)]
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[int, list[dict[str, Any]]]:
+    """What each rank tells of all its runs, by the number of ranks."""
+    return {2: on_ranks(2, runs, ON_TWO), 4: on_ranks(4, runs, ON_FOUR)}
+
+
+Told = dict[int, list[dict[str, Any]]]
+
+
+@functools.cache
+def alone(case: str) -> dict[str, Any]:
+    """The same training in one process."""
+    params = make_params(SHAPES)
+    optimizer = TABLE[case].make(params)
+    train(optimizer, params, range(STEPS - 1))
+    with FlopCounterMode(display=False) as flops:
+        train(optimizer, params, range(STEPS - 1, STEPS))
+    return {"params": params, "states": [optimizer.state[param] for param in params], "flops": flops.get_total_flops()}
+
+
+def every_run(test: Any) -> Any:
+    return pytest.mark.parametrize("world_size, case, layout", BOTH)(test)
+
+
+@every_run
+def test_the_step_is_that_of_one_process(told: Told, world_size: int, case: str, layout: str) -> None:
+    expected = alone(case)
+    for rank in told[world_size]:
+        ours = rank[f"{case}, {layout}"]
+        for new, old in zip(ours["params"], expected["params"], strict=True):
+            torch.testing.assert_close(new, old.detach(), rtol=1e-6, atol=1e-6)
+        for new, old in zip(ours["states"], expected["states"], strict=True):
+            torch.testing.assert_close(new, {**old}, rtol=1e-5, atol=1e-6)
+
+
+@every_run
+def test_state_is_sharded_as_its_parameter_or_the_same_on_every_rank(
+    told: Told, world_size: int, case: str, layout: str
+) -> None:
+    first, *others = [rank[f"{case}, {layout}"] for rank in told[world_size]]
+    assert first["elsewhere"] == []
+    for other in others:
+        assert_same(other["plain"], first["plain"])
+        assert_same(other["params"], first["params"])
+
+
+@every_run
+def test_each_matrix_is_gathered_once_and_scattered_once(told: Told, world_size: int, case: str, layout: str) -> None:
+    """One all_to_all each way at most, whatever the optimizer, and none where nothing is needed whole.
+
+    DMGD asks all ranks beforehand whether gradients are finite, and M3 orthogonalises its slow memories apart from the
+    fast ones, at the beginning of a chunk.
+    """
+    calls = told[world_size][0][f"{case}, {layout}"]["calls"]
+    group = TABLE[case].make(make_params()).param_groups[0]
+    begins_chunk = group.get("mix") == "post" and group["alpha"] > 0 and (STEPS - 1) % group["chunk_size"] == 0
+    assert calls.pop("alltoall_base_", 0) == (0 if case in ENTRY_BY_ENTRY else 4 if begins_chunk else 2)
+    assert set(calls) <= ({"all_reduce"} if "nonfinite" in group else set())
+
+
+@every_run
+def test_the_work_is_spread(told: Told, world_size: int, case: str, layout: str) -> None:
+    """Matrix products: all ranks together do those of one process, no rank more than 0.6 of them."""
+    flops = [rank[f"{case}, {layout}"]["flops"] for rank in told[world_size]]
+    total = alone(case)["flops"]
+    assert sum(flops) == total
+    assert max(flops) <= 0.6 * total
