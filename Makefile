@@ -9,17 +9,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/installed-docs
+INTEGRATIONS_STAMP := $(VENV)/installed-integrations
 CONSTRAINTS := $(VENV)/constraints.txt
 
 # The stamp holds the torch that was asked for; asking for another one installs again.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(TORCH))
 .PHONY: $(STAMP)
 endif
-.PHONY: help demo test docs clean
+.PHONY: help demo test test-integrations docs clean
 
 help:
 	@echo "make demo   compare the optimizers on a small language model"
 	@echo "make test   lint, type-check and test"
+	@echo "make test-integrations   train and resume with Hugging Face's Trainer, Accelerate and Lightning"
 	@echo "make docs   build the documentation into docs/_build"
 	@echo "make clean  remove everything that the other targets made, except $(VENV)"
 
@@ -35,6 +37,10 @@ test: $(STAMP)
 	@echo "Testing"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
+test-integrations: $(INTEGRATIONS_STAMP)
+	@echo "Testing with trainers"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/integrations
+
 docs: $(DOCS_STAMP)
 	@echo "Building the documentation"
 	@$(BIN)/python -m sphinx -W -n --keep-going --quiet docs docs/_build
@@ -47,7 +53,7 @@ clean:
 # torch comes first, and the constraints then hold it, so that no dependency replaces the build that was chosen. The
 # tested triton belongs to the tested torch: another torch brings its own.
 $(STAMP): pyproject.toml constraints.txt
-	@rm -f $(STAMP) $(DOCS_STAMP)
+	@rm -f $(STAMP) $(DOCS_STAMP) $(INTEGRATIONS_STAMP)
 	@test -x $(BIN)/pip || { $(find_python) && echo "Creating $(VENV) with $$($$python --version)" && \
 		$$python -m venv --clear $(VENV); }
 	@echo "Installing $(TORCH), which may be a large download"
@@ -66,6 +72,11 @@ $(DOCS_STAMP): $(STAMP)
 	@echo "Installing the documentation builder"
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable ".[docs]"
 	@touch $(DOCS_STAMP)
+
+$(INTEGRATIONS_STAMP): $(STAMP)
+	@echo "Installing the trainers"
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable ".[hf,lightning]"
+	@touch $(INTEGRATIONS_STAMP)
 
 # Sets $$python to the first candidate that is new enough and can make environments.
 define find_python
