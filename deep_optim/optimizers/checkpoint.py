@@ -2,7 +2,8 @@
 
 `torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's dtype, which destroys the float32
 memory of a bfloat16 parameter, and hands out the given tensors themselves, so that two optimizers loaded from one
-dict share their state. Here state keeps its dtype, is copied, and is checked before anything is replaced.
+dict share their state. Here state keeps its dtype, is copied, and is checked before anything is replaced. Where the
+parameters have names on both sides, these decide whose state is whose, and not the order.
 """
 
 from collections.abc import Iterator
@@ -33,15 +34,19 @@ class ExactStateMixin(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict()` returned. Hooks see what they would see with any torch optimizer.
 
+        Names decide if both sides have them and they are not all different, as a wrapper's prefix makes them.
+
         Raises:
-            ValueError: if the groups do not match, or a state does not fit its parameter and this algorithm.
+            ValueError: if the groups do not match, if some names are the same and others are not, or if a state does
+                not fit its parameter and this algorithm.
         """
         loaded: StateDict = {}
 
-        def check(optimizer: Optimizer, state_dict: StateDict) -> None:  # after the user's hooks
-            loaded.update(state_dict)
+        def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:  # after the user's hooks
+            loaded.update(self.by_name(state_dict))
             for param, group, saved in self._pairs(loaded):
                 self._check_state(param, group, saved)
+            return loaded
 
         def restore(optimizer: Optimizer) -> None:  # before the user's hooks
             for param, group, saved in self._pairs(loaded):
@@ -59,6 +64,30 @@ class ExactStateMixin(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def by_name(self, state_dict: StateDict) -> StateDict:
+        """Return a state dict with its parameters in the order of this optimizer's, or raise ValueError."""
+        saved = {
+            name: index
+            for group in state_dict["param_groups"]
+            for name, index in zip(group.get("param_names", ()), group["params"], strict=False)
+        }
+        own = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if len(state_dict["param_groups"]) != len(self.param_groups) or not saved.keys() & set(own):
+            return state_dict
+        if saved.keys() != set(own):
+            missing, extra = sorted(set(own) - saved.keys()), sorted(saved.keys() - set(own))
+            raise ValueError(
+                f"loaded state dict is of other parameters: missing are {', '.join(missing) or 'none'}; "
+                f"not among this optimizer's are {', '.join(extra) or 'none'}"
+            )
+        groups = []
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            names = group["param_names"]
+            ordered = all(isinstance(index, str) for index in saved_group["params"])  # by torch.distributed.checkpoint
+            params = saved_group["params"] if ordered else [saved[name] for name in names]
+            groups.append({**saved_group, "params": params, "param_names": list(names)})
+        return {**state_dict, "param_groups": groups}
 
     def _pairs(self, state_dict: StateDict) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
         """Each parameter with its saved group, completed by defaults, and its saved state, where there is one."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from .base import capturing
+from .checkpoint import ExactStateMixin
 from .gradient_chunk import (
     Reduction,
     add_gradients,
@@ -231,6 +232,8 @@ class MultiFrequency(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (returned := pre_hook(self, state_dict)) is not None:
                 state_dict = returned
+        if isinstance(self.optimizer, ExactStateMixin):
+            state_dict = self.optimizer.by_name(state_dict)
         chunks = self._loaded_chunks(state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": without_chunks(state_dict["state"])})
         for param, chunk in chunks:
