@@ -1,12 +1,14 @@
 """Sharded parameters on two and four ranks: the step of one process, spread, each matrix sent once each way."""
 
 import functools
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.scaling import COSTS
 from cases import CASES
 from problem import assert_same, make_params, train
 from ranks import on_ranks
@@ -95,3 +97,24 @@ def test_the_work_is_spread(told: Told, world_size: int, case: str, layout: str)
     total = alone(case)["flops"]
     assert sum(flops) == total
     assert max(flops) <= 0.6 * total
+
+
+@pytest.mark.parametrize("case", ["momentum", "delta", "dmgd-no-hidden", "input-delta", "dgd", "m3"])
+def test_what_is_sent_is_what_the_cost_model_says(told: Told, case: str) -> None:
+    """`python -m benchmarks scaling` predicts from these bytes per entry of a matrix."""
+    sent = sum(rank[f"{case}, rows"]["bytes"]["alltoall_base_"] for rank in told[2])
+    matrices = [shape for shape in SHAPES if len(shape) > 1]
+    cost = COSTS[TABLE[case].cls.__name__]
+    expected = sum(math.prod(shape) for shape in matrices) * (cost.gathered + cost.scattered)
+    if case == "m3":  # a chunk begins; and the sizes of rows go whole to both ranks
+        expected += sum(math.prod(shape) * 8 + shape[0] * 4 * 2 for shape in matrices)
+    assert sent == expected
+
+
+@pytest.mark.parametrize("case", ["momentum", "delta", "dmgd-no-hidden", "input-delta", "dgd", "m3-no-slow-memory"])
+def test_what_is_kept_is_what_the_cost_model_says(told: Told, case: str) -> None:
+    states = [s for s, shape in zip(told[2][0][f"{case}, rows"]["states"], SHAPES, strict=True) if len(shape) > 1]
+    kept = sum(v.numel() * v.element_size() for state in states for name, v in state.items() if name != "exp_avg_sq")
+    kept -= sum(4 for state in states if "step" in state)
+    entries = sum(math.prod(shape) for shape in SHAPES if len(shape) > 1)
+    assert kept == entries * (COSTS[TABLE[case].cls.__name__].state - (8 if case == "m3-no-slow-memory" else 0))
