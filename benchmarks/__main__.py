@@ -19,3 +19,23 @@ BENCHMARKS = {
     "models": "what sequence models can learn of problems with a known answer",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "scaling": "memory, communication and time of a step on 8 to 1,024 GPUs: predictions",
+    "throughput": "tokens per second, activations and state of the sequence models",
+    "overhead": "what watching inputs and chunks of gradients add to a training step",
+    "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("python -m benchmarks <name> [--help]\n")
+        print("\n".join(f"  {name:12} {line}" for name, line in BENCHMARKS.items()))
+        return 0
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        print(f"no benchmark named {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"benchmarks.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
