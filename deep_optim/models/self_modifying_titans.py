@@ -34,7 +34,7 @@ from .state import State, check_state, pieces
 
 _CONV_WIDTH = 4  # the paper's
 _LOST = (-7.0, -10.0)  # log₂(1 − retention) of the first and the last head: half is lost after 89 to 710 tokens
-_GAIN = 0.1  # of a fresh layer
+_GAIN = 0.01  # of a fresh layer: projections hardly move until training finds use in it
 _STD = 0.02  # of a fresh layer's initial memories
 _MATRICES = ("key", "value", "query")  # boxes that map vectors to vectors
 _SCALARS = ("lr", "retention")  # boxes that map vectors to a number
