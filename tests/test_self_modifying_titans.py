@@ -406,6 +406,9 @@ def test_autocast_keeps_a_float32_recurrence():
         y, state = layer(x)
     assert {tensor.dtype for name, tensor in leaves(state) if name != "step"} == {torch.float32}
     assert (y - exact).norm() < 0.1 * exact.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        change = layer(x[:, :4])[1]["stack"]["change"]  # one chunk's product, nothing added
+    assert not torch.equal(change, change.bfloat16().float())
 
 
 # Bad input.
