@@ -180,6 +180,16 @@ def test_what_was_written_fades_by_the_retention():
         torch.testing.assert_close(later["0"]["written"][name], 0.7 * written)
 
 
+def test_the_state_keeps_what_it_needs_and_nothing_else():
+    """Between two updates what was written is not even copied, and no tensor holds on to the sequence it came from."""
+    memory, x = make((8,)).float(), make_inputs(length=100).float()
+    _, state = memory(x)
+    for tensor in (state["0"]["inputs"], *state["0"]["written"].values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    _, later = memory(x[:, :2], state)
+    assert all(later["0"]["written"][name] is written for name, written in state["0"]["written"].items())
+
+
 def test_a_rate_of_zero_is_a_plain_mlp_without_a_state():
     memory, x = make((4, 2), inner_lr=0.0), make_inputs()
     y, state = memory(x)
