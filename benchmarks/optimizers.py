@@ -164,10 +164,11 @@ OPTIMIZERS = {
     # With chunks that are short beside these runs: one of the default size would be a sixth of a run.
     "m3": Entry("M3 (ours)", partial(_ours, name="M3", **m3_variants.SHORT), _MATRIX, "momentum", (0.7, 0.8, 0.9)),
     "input_delta": Entry(
-        "InputDeltaMomentum (ours)", partial(_ours, name="InputDeltaMomentum"), _MATRIX, "momentum", (0.8, 0.9, 0.95),
+        "InputDeltaMomentum (ours)", partial(_ours, name="InputDeltaMomentum", missing="gradient"),
+        _MATRIX, "momentum", (0.8, 0.9, 0.95),
         inputs=True,
     ),
-    "dgd": Entry("DGD (ours)", partial(_ours, name="DGD"), _MATRIX, "momentum", (0.7, 0.8, 0.9), inputs=True),
+    "dgd": Entry("DGD (ours)", partial(_ours, name="DGD", missing="gradient"), _MATRIX, "momentum", (0.7, 0.8, 0.9), inputs=True),
 }  # fmt: skip
 
 # The best points by task, for runs that do not search; docs/benchmarks.md has the searches.
