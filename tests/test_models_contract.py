@@ -105,7 +105,8 @@ def test_every_parameter_has_a_gradient(case: ModelCase):
     model, tokens = case.make(), make_tokens(2, 4 * case.period)
     logits, _ = model(tokens[:, :-1])
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    without = [name for name, param in model.named_parameters() if param.grad is None or not param.grad.any()]
+    gradients = {name: param.grad for name, param in model.named_parameters()}
+    without = [name for name, grad in gradients.items() if grad is None or grad.abs().max() < 1e-9]  # less is rounding
     assert without == []
 
 
@@ -217,6 +218,7 @@ def test_generates_what_the_whole_sequence_would_say(case: ModelCase):
 @every_model()
 def test_draws_come_from_the_generator_at_the_temperature(case: ModelCase):
     model, prompt = case.make(), make_tokens(1, 3).expand(2000, -1)
+    torch.nn.init.normal_(model.head.weight, std=0.3)  # opinions, for the temperature to sharpen
     drawn = [model.generate(prompt, 1, temperature=0.5, generator=torch.Generator().manual_seed(s))[0] for s in (0, 0)]
     torch.testing.assert_close(*drawn)
     expected = (model(prompt[:1])[0][0, -1] / 0.5).softmax(-1)
@@ -227,9 +229,11 @@ def test_draws_come_from_the_generator_at_the_temperature(case: ModelCase):
 @every_model()
 def test_long_prompts_are_read_in_pieces(case: ModelCase, monkeypatch):
     model, prompt = case.make(), make_tokens(1, 14)
-    whole = model.generate(prompt, 3, temperature=0.0)[0]
+    whole, last = model.generate(prompt, 3, temperature=0.0)
     monkeypatch.setattr("deep_optim.models.language_model.PREFILL", 5)
-    torch.testing.assert_close(model.generate(prompt, 3, temperature=0.0)[0], whole)
+    pieces, state = model.generate(prompt, 3, temperature=0.0)
+    torch.testing.assert_close(pieces, whole)
+    assert_same_state(state, last, **CLOSE)
 
 
 @every_model()

@@ -121,6 +121,8 @@ def test_any_mlps_stream_and_stop_writing_and_stay_apart():
     torch.testing.assert_close(same, state, rtol=0, atol=0)
     assert (frozen - second).abs().max() > 1e-4
     torch.testing.assert_close(continuum(x[1:])[0], whole[1:], **CLOSE)
+    continuum(x, state=state)
+    torch.testing.assert_close(continuum.model(x), whole, rtol=0, atol=0)  # by itself it knows of no call before
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

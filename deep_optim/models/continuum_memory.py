@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .continuum_level import ContinuumLevel, check_chunk_sizes, check_learning, level_rates
 from .mlp import MLP
 from .pretrained import PretrainedContinuum
-from .state import State, check_names
+from .state import State, check_names, size_of
 
 Arrangement = Literal["sequential", "independent", "nested"]
 
@@ -115,13 +115,13 @@ class ContinuumMemory(nn.Module):
         names = [str(level) for level in range(len(self.levels))]
         if state is not None:
             check_names(state, names)
-            for name, level in zip(names, self.levels, strict=True):
-                level.check(state[name], len(x))  # type: ignore[operator]
         # how far each level is in its chunk, before this call moves any
-        waiting = {name: 0 if state is None else state[name]["inputs"].shape[1] - 1 for name in self.slower.values()}
+        waiting = (
+            {} if state is None else {name: size_of(state[name], "inputs", 1) - 1 for name in self.slower.values()}
+        )
         y, new = x, {}
         for index, (name, norm, level) in enumerate(zip(names, self.norms, self.levels, strict=True)):
-            elapsed = waiting[self.slower[name]] if name in self.slower else 0
+            elapsed = waiting.get(self.slower.get(name, ""), 0)
             source = norm(x if self.arrangement == "independent" else y)
             answer, new[name] = level(source, None if state is None else state[name], write=write, elapsed=elapsed)
             if self.arrangement == "independent":

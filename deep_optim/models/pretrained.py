@@ -150,7 +150,7 @@ class PretrainedContinuum(nn.Module):
                 level.target.to(weight)
                 level.gate.to(weight)
             parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, name, InContextMLP(path, level.train(mlp.training)))
+            setattr(parent, name, InContextMLP(path, level))
 
     def forward(self, *args: Any, state: State | None = None, write: bool = True, **kwargs: Any) -> tuple[Any, State]:
         """Call the model on `args` and `kwargs`.
