@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -11,13 +12,21 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import CASES, Case
+from cases import CASES, LR, Case
+from deep_optim.optimizers import sharding
 from problem import gradient, make_params
 
 # Rows that two and four ranks share unevenly, or not at all; some twice, to be stacked.
 SHAPES = ((6, 4), (7, 5), (3, 8), (3, 8), (1, 6), (4, 3, 2, 2), (7,), (8, 8), (5, 4))
 LAYOUTS = ("rows", "columns", "replicas", "rows and columns", "rows twice", "replicated")
 STEPS = 3
+TWISTS: dict[str, dict[str, Any]] = {  # options beside those of a case, after a comma in the layout
+    "": {},
+    "maximize": {"maximize": True},
+    "tensor lr": {"lr": torch.tensor(LR)},
+    "in small batches": {},
+}
+SMALL_BATCH = 24  # entries per rank and tensor: a batch for every matrix or two
 
 
 class Sent(TorchDispatchMode):
@@ -64,16 +73,21 @@ def mesh_and_placements(layout: str, ndim: int) -> tuple[DeviceMesh, list[Placem
 
 def train_sharded(case: Case, layout: str) -> dict[str, Any]:
     """Train SHAPES in a layout, and return what one process can be compared with."""
+    layout, _, twist = layout.partition(", ")
     wheres = [mesh_and_placements(layout, len(shape)) for shape in SHAPES]
     plain = make_params(SHAPES)
     params = [nn.Parameter(distribute_tensor(p.detach(), *where)) for p, where in zip(plain, wheres, strict=True)]
-    optimizer = case.make(params)
+    optimizer = case.make(params, **TWISTS[twist])
+    if twist == "in small batches":
+        sharding._BATCH_NUMEL, usual = SMALL_BATCH, sharding._BATCH_NUMEL
     for step in range(STEPS):
         for index, (param, where) in enumerate(zip(params, wheres, strict=True)):
             param.grad = distribute_tensor(gradient(plain[index], step, index), *where)
         sent, flops = Sent(), FlopCounterMode(display=False)
         with sent, flops:
             optimizer.step()
+    if twist == "in small batches":
+        sharding._BATCH_NUMEL = usual
     states = [optimizer.state[param] for param in params]
     return {
         "params": [param.detach().full_tensor() for param in params],
