@@ -199,14 +199,14 @@ def load(name: str, folder: str, steps: int) -> dict[str, Any]:
     return everything(model, optimizer)
 
 
-def on_two(names: list[str], checkpointed: list[tuple[str, int]], folder: str) -> dict[str, Any]:
+def on_two(names: list[str], some: list[str], checkpointed: list[tuple[str, int]], folder: str) -> dict[str, Any]:
     keyed = [name for name in names if name in ("DGD", "InputDeltaMomentum")]
     return {
         "ddp": {name: with_ddp(name) for name in names},
         "fsdp": {name: with_fsdp(name, (2,), False) for name in names},
-        "fsdp in bfloat16": {name: with_fsdp(name, (2,), True) for name in names},
+        "fsdp in bfloat16": {name: with_fsdp(name, (2,), True) for name in some},
         "inputs": {name: with_fsdp_and_inputs(name) for name in keyed},
-        "zero": {name: with_zero(name) for name in names if name not in keyed and name != "MultiFrequency"},
+        "zero": {name: with_zero(name) for name in some},
         "saved": {f"{name} {steps}": save(name, folder, steps) for name, steps in checkpointed},
     }
 

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 NAMES = [*list_optimizers(), "MultiFrequency"]
 KEYED = ["DGD", "InputDeltaMomentum"]
-ON_FOUR = ["Momentum", "DMGD"]
+SOME = ["Momentum", "DMGD", "M3"]  # one of each kind of state
 CHECKPOINTED = [(name, 3) for name in NAMES] + [("Momentum", 0), ("M3", 0)]  # 3: in the middle of a chunk of two
+ON_FOUR = [("DMGD", 3), ("M3", 3), ("MultiFrequency", 3), ("Momentum", 0)]
 
 Told = dict[int, list[dict[str, Any]]]
 
@@ -28,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def told(folder: str) -> Told:
     """What each rank tells of all its runs, by the number of ranks."""
-    two = on_ranks(2, on_two, NAMES, CHECKPOINTED, folder)
-    return {2: two, 4: on_ranks(4, on_four, ON_FOUR, CHECKPOINTED, folder)}
+    two = on_ranks(2, on_two, NAMES, SOME, CHECKPOINTED, folder)
+    return {2: two, 4: on_ranks(4, on_four, SOME[:2], ON_FOUR, folder)}
 
 
 def alone(name: str, steps: int) -> dict[str, Any]:
@@ -56,8 +57,9 @@ def test_replicas_step_as_one_process_with_the_whole_batch(told: Told, name: str
     assert_close(told[2][0]["ddp"][name], alone(name, 4), 1e-4)  # gradients are summed in another order
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp in bfloat16"])
+@pytest.mark.parametrize(
+    "kind, name", [*(("fsdp", name) for name in NAMES), *(("fsdp in bfloat16", name) for name in SOME)]
+)
 def test_fully_sharded_training_steps_as_one_process(told: Told, name: str, kind: str) -> None:
     """A tied weight, a frozen layer, clipping; one process steps along the same gradients."""
     for rank in told[2]:
@@ -67,7 +69,7 @@ def test_fully_sharded_training_steps_as_one_process(told: Told, name: str, kind
         assert_close(rank[kind][name]["sharded"], rank[kind][name]["alone"], 1e-5)
 
 
-@pytest.mark.parametrize("name", ON_FOUR)
+@pytest.mark.parametrize("name", SOME[:2])
 def test_hybrid_sharded_training_steps_as_one_process(told: Told, name: str) -> None:
     for rank in told[4]:
         assert_close(rank["fsdp"][name]["sharded"], rank["fsdp"][name]["alone"], 1e-6)
@@ -78,7 +80,7 @@ def test_sharded_memories_are_keyed_by_the_inputs_of_all_ranks(told: Told, name:
     assert_close(told[2][0]["inputs"][name], alone(name, 4), 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in list_optimizers() if name not in KEYED])
+@pytest.mark.parametrize("name", SOME)
 def test_zero_redundancy_optimizer_changes_nothing(told: Told, name: str) -> None:
     for rank in told[2]:
         assert_same(rank["zero"][name]["sharded"], rank["zero"][name]["plain"])
@@ -89,5 +91,6 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_four_and_on_one(told: Told, folder
     """Saved in the middle of chunks, or before the first step, where torch makes state up to have some to save."""
     saved = told[2][0]["saved"][f"{name} {steps}"]
     assert_close(saved, alone(name, steps + 3), 1e-4)
-    assert_close(told[4][0]["loaded"][f"{name} {steps}"], saved, 1e-4)
+    if (name, steps) in ON_FOUR:
+        assert_close(told[4][0]["loaded"][f"{name} {steps}"], saved, 1e-4)
     assert_close(load(name, folder, steps), saved, 1e-4)
