@@ -168,7 +168,9 @@ OPTIMIZERS = {
         _MATRIX, "momentum", (0.8, 0.9, 0.95),
         inputs=True,
     ),
-    "dgd": Entry("DGD (ours)", partial(_ours, name="DGD", missing="gradient"), _MATRIX, "momentum", (0.7, 0.8, 0.9), inputs=True),
+    "dgd": Entry(
+        "DGD (ours)", partial(_ours, name="DGD", missing="gradient"), _MATRIX, "momentum", (0.7, 0.8, 0.9), inputs=True
+    ),
 }  # fmt: skip
 
 # The best points by task, for runs that do not search; docs/benchmarks.md has the searches.
