@@ -10,7 +10,9 @@ import matplotlib.pyplot as plt
 from .plots import STYLE
 from .sequence_models import MODELS
 
-_COLORS = dict(zip(MODELS, ("#999999", "#ccbb44", "#ee6677", "#aa3377", "#228833", "#66ccee", "#4477aa"), strict=True))
+_COLORS = dict(
+    zip(MODELS, ("#999999", "#ccbb44", "#ee6677", "#aa3377", "#228833", "#66ccee", "#4477aa", "#332288"), strict=True)
+)
 
 
 def draw_models(document: Mapping[str, Any], path: Path) -> Path:

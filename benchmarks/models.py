@@ -1,6 +1,7 @@
 """What sequence models can learn of problems with a known answer: Hope beside Transformer, LSTM, DeltaNet and others.
 
-1. Every model at every learning rate, on one seed; the rate with the most right answers, the lower loss where they tie.
+1. Every model at every learning rate, if there are several, on one seed; the best is the one with the most right
+   answers, the lower loss where they tie.
 2. The same model at that rate, on other seeds.
 3. Tests on strings as long as in training and longer ones, the same for all.
 """
@@ -98,12 +99,15 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
     def lesson(problem: str, model: str, lr: float, seed: int) -> Lesson:
         return Lesson(problem, model, args.dim, args.layers, lr, seed, args.steps, args.batch, args.device)
 
-    runs = len(args.problems) * len(args.models) * (len(args.lrs) + len(args.seeds))
+    searched = args.lrs if len(args.lrs) > 1 else []
+    runs = len(args.problems) * len(args.models) * (len(searched) + len(args.seeds))
     with Meter(runs * args.steps) as meter:
         for problem in args.problems:
-            tuning = [lesson(problem, model, lr, TUNING_SEED) for model in args.models for lr in args.lrs]
+            tuning = [lesson(problem, model, lr, TUNING_SEED) for model in args.models for lr in searched]
             run_trials("tune", tuning, results, meter, args.workers)
-            best = {model: _best([each for each in tuning if each.model == model], results) for model in args.models}
+            best = dict.fromkeys(args.models, args.lrs[0])
+            if searched:
+                best = {model: _best([each for each in tuning if each.model == model], results) for model in best}
             scoring = [lesson(problem, model, best[model], seed) for model in args.models for seed in args.seeds]
             run_trials("score", scoring, results, meter, args.workers)
             problems[problem] = problems.get(problem, {}) | {
@@ -128,6 +132,7 @@ def _summary(lessons: list[Lesson], results: Results) -> dict[str, Any]:
     tests = list(make_problem(lessons[0].problem).tests)
     return {
         "lr": lessons[0].lr,
+        "steps": lessons[0].steps,
         "parameters": finished[0]["parameters"],
         "seconds": statistics.median(result.get("seconds", 0.0) for result in finished),
         "scores": {test: [result["scores"].get(test, 0.0) for result in finished] for test in tests},
@@ -137,9 +142,11 @@ def _summary(lessons: list[Lesson], results: Results) -> dict[str, Any]:
 def _table(problem: str, rows: dict[str, Any]) -> Table:
     table = Table(title=f"{problem}: mean of the seeds (worst)", title_justify="left")
     tests = list(next(iter(rows.values()))["scores"])
-    for heading in ("model", *tests, "lr", "parameters", "s a run"):
+    for heading in ("model", *tests, "lr", "steps", "parameters", "s a run"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for model, row in rows.items():
         scores = [f"{statistics.mean(row['scores'][test]):.3f} ({min(row['scores'][test]):.3f})" for test in tests]
-        table.add_row(model, *scores, f"{row['lr']:g}", f"{row['parameters']:,}", f"{row['seconds']:.0f}")
+        table.add_row(
+            model, *scores, f"{row['lr']:g}", str(row["steps"]), f"{row['parameters']:,}", f"{row['seconds']:.0f}"
+        )
     return table

@@ -89,4 +89,8 @@ MODELS: dict[str, Build] = {
     "titans": lambda v, d, n: mixed(v, d, n, lambda: SelfModifyingTitans(d, 4)),  # Hope without its levels
     "hope-attention": lambda v, d, n: HopeAttention(v, d, n, heads=4),
     "hope": lambda v, d, n: Hope(v, d, n, heads=4),
+    # Chunks of 16 and 8, for short strings: what happens at the end of a chunk is not learned where none ends.
+    "hope (short chunks)": lambda v, d, n: Hope(
+        v, d, n, heads=4, chunk_sizes=(16, 8), memory_chunk_size=16, projection_chunk_size=16
+    ),
 }
