@@ -47,9 +47,8 @@ class ContinuumMemory(nn.Module):
             each other, whose gradients add up, can do within a chunk.
         dropout: of what each level adds.
 
-    Shapes: x [B, T, D] to y [B, T, D], for any T. State: `{"0": {"written": {weight: [B, ...]}, "inputs": [B, 1 + n,
-        D]},
-    "1": ...}` with the n < C tokens of the chunk under way behind the last one of the chunk before.
+    Shapes: x [B, T, D] to y [B, T, D], for any T. State, by level "0", "1", ...: "written", a dict of [B, ...] by
+    weight, and "inputs" [B, 1 + n, D], the n < C tokens of the chunk under way behind the last of the chunk before.
 
     Cost per token and level of P = 3 D H weights: 2 P FLOPs to read and about 7 P to learn. The state holds P numbers
     per sample and level, and training keeps a few times as many for every chunk.
