@@ -21,7 +21,7 @@ endif
 help:
 	@echo "make demo   compare the optimizers on a small language model"
 	@echo "make test   lint, type-check and test"
-	@echo "make test-integrations   train and resume with Hugging Face's Trainer, Accelerate and Lightning"
+	@echo "make test-integrations   train and resume with trainers, and on several ranks"
 	@echo "make docs   build the documentation into docs/_build"
 	@echo "make clean  remove everything that the other targets made, except $(VENV)"
 
@@ -38,8 +38,8 @@ test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-integrations: $(INTEGRATIONS_STAMP)
-	@echo "Testing with trainers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/integrations
+	@echo "Testing with trainers and on several ranks"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/integrations
 
 docs: $(DOCS_STAMP)
 	@echo "Building the documentation"

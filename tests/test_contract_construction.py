@@ -26,8 +26,11 @@ def test_refuses_what_torch_asks_every_optimizer_to_refuse(case: Case, error: An
     bad = error.optimizer_error_input
     is_warning = issubclass(error.error_type, Warning)
     expect = pytest.warns if is_warning else pytest.raises
+    params = bad.params  # the table is shared, and an optimizer completes the groups that it is given
+    if isinstance(params, list):
+        params = [dict(each) if isinstance(each, dict) else each for each in params]
     with expect(error.error_type, match=error.error_regex):
-        case.make(bad.params, **bad.kwargs)
+        case.make(params, **bad.kwargs)
 
 
 @every()

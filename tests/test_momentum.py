@@ -108,7 +108,7 @@ def test_equal_shapes_step_together_as_they_would_alone():
 
 def test_a_large_stack_is_cut(monkeypatch):
     expected = trained(Momentum, [(8, 12)] * 5)
-    monkeypatch.setattr("deep_optim.optimizers.base._CPU_STACK_NUMEL", 4 * 96)
+    monkeypatch.setattr("deep_optim.optimizers.stacks._CPU_STACK_NUMEL", 4 * 96)
     torch.testing.assert_close(trained(Momentum, [(8, 12)] * 5), expected)
 
 

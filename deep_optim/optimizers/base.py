@@ -52,7 +52,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     per_parameter: ClassVar[tuple[str, ...]] = (COMPENSATION,)  # names of state that stay out of the stacks
     read_only: ClassVar[tuple[str, ...]] = ()  # names of state that stacks read and never write
     reads_weights: ClassVar[bool] = False  # whether `pull` does
-    loads: Loads  # of the step under way
+    _loads: Loads  # of the step under way
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.check_group({**self.group_defaults, **defaults})
@@ -165,7 +165,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:  # before anything is written
             self.check_gradients(group)
-        self.loads = {}
+        self._loads = {}
         for group in self.param_groups:
             params: list[Tensor] = []
             self._init_group(group, params)

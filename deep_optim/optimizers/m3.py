@@ -201,7 +201,7 @@ class M3(MemoryOptimizer):
         states = [state for state in states if on_device or not state["step"].item() % chunk_size]
         answers = memories = [state["slow.memory"] for state in states]
         if group["mix"] == "post":
-            answers = on_whole(memories, lambda memory: _answer(memory, group), self.loads)
+            answers = on_whole(memories, lambda memory: _answer(memory, group), self._loads)
         for state, answer in zip(states, answers, strict=True):
             memory = local(state["slow.memory"])
             first = (state["step"] % chunk_size == 0).to(memory.device)

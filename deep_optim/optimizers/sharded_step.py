@@ -46,7 +46,7 @@ def entry_by_entry(optimizer: "MemoryOptimizer", group: dict[str, Any], params: 
         matrix = direction.reshape(matrix_shape(direction, group))
         return optimizer.output(matrix, matrix, {}, group).reshape(direction.shape)
 
-    return on_whole(directions, output, optimizer.loads)
+    return on_whole(directions, output, optimizer._loads)
 
 
 def matrix_by_matrix(optimizer: "MemoryOptimizer", group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
@@ -81,5 +81,5 @@ def matrix_by_matrix(optimizer: "MemoryOptimizer", group: dict[str, Any], params
                 results[number] = [block.reshape(grad.shape), *(state[name] for name in written[number])]
         return [results[number] for number in numbers]
 
-    spread([job(number, param) for number, param in enumerate(params)], work, optimizer.loads)
+    spread([job(number, param) for number, param in enumerate(params)], work, optimizer._loads)
     return [local(direction) for direction in directions]
