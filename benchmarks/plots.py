@@ -111,13 +111,14 @@ def _curves(
 
 def _zoom(axis: Axes, ends: list[np.ndarray]) -> None:
     """Cut the first tenth of the descent, which is alike for all, off the top."""
-    if not ends:
+    ends = [losses for losses in ends if losses.shape[1] > 1]
+    if not ends:  # runs too short for a curve
         return
     lowest, highest = min(losses.min() for losses in ends), max(losses.max() for losses in ends)
     if 0 < 100 * lowest < highest:
         axis.set_yscale("log")
         return
-    top = max(losses[:, max(1, losses.shape[1] // 8)].max() for losses in ends if losses.shape[1] > 1)
+    top = max(losses[:, max(1, losses.shape[1] // 8)].max() for losses in ends)
     axis.set_ylim(lowest - 0.05 * (top - lowest), top)
 
 
