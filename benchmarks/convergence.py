@@ -8,7 +8,6 @@
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from .plots import draw_convergence
 from .report import edges, print_report, summarize_runs
 from .tasks import TASKS, Task, make_task
 from .training import Trial, train_step
-from .trials import Meter, Results, run_trials
+from .trials import Meter, Results, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 AGAIN = "adamw (again)"  # the A/A arm: what the clock says about two equal optimizers
@@ -77,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference", default="muon", help="whose time for --steps is the wall budget (if it runs)")
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=12, help=f"timing rounds of {STEPS_PER_CALL} steps")
-    parser.add_argument("--workers", type=int, default=len(_cores()), help="processes, one thread each")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
     parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
     parser.add_argument("--resume", action="store_true", help="keep the finished trials of the JSON file")
     parser.add_argument("--plot-only", type=Path, metavar="FILE", help="only draw the plot of a JSON file")
@@ -189,7 +188,3 @@ def training_arm(task: Task, name: str, setting: Setting) -> Callable[[], None]:
             train_step(task, model, optimizers, batch)
 
     return arm
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -6,7 +6,6 @@
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from .continual import ARMS, PERIOD, Course, available, cached_sequence
 from .frontier import MODES, draw_forgetting, summarize
 from .measure import command, machine, versions
 from .tasks.sequences import SEQUENCES
-from .trials import Meter, Results, run_trials
+from .trials import Meter, Results, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 FULL = (
@@ -72,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--state", choices=MODES, help="only with the optimizer's state carried over, or only reset")
     parser.add_argument("--optimizers", help=f"comma-separated; default: all installed of {', '.join(ARMS)}")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
     parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
     parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")

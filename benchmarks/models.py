@@ -7,7 +7,6 @@
 """
 
 import argparse
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from .measure import command, machine, versions
 from .model_plots import draw_models
 from .problems import languages, mad, make_problem, recall
 from .sequence_models import MODELS
-from .trials import Meter, Results, run_trials
+from .trials import Meter, Results, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {"languages": tuple(languages.PROBLEMS), "recall": tuple(recall.PROBLEMS), "mad": tuple(mad.PROBLEMS)}
@@ -68,8 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lrs", type=lambda text: [float(lr) for lr in text.split(",")])
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--device")
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser.add_argument("--workers", type=int, default=workers, help="processes, one thread each; 1 on a GPU")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each; 1 on a GPU")
     parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
     parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")

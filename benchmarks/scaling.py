@@ -125,9 +125,8 @@ def predict(name: str, model: Model, ranks: int) -> dict[str, float]:
     cost, entries = COSTS[cls], model.entries()
     bandwidth = NVLINK if ranks <= 8 else NETWORK
     rest = model.parameters() - entries  # AdamW's
-    passes = (
-        (entries * (12 + 2 * cost.state) + rest * 28) / ranks / HBM
-    )  # weights, gradient and state, read and written
+    # weights, gradient and state, read and written
+    passes = (entries * (12 + 2 * cost.state) + rest * 28) / ranks / HBM
     result = {"state_bytes": (entries * cost.state + rest * 8) / ranks, "sent_bytes": sent(cls, entries, ranks)}
     if cls == "AdamW":
         seconds = {"compute": 0.0, "network": 0.0}

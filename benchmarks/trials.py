@@ -101,6 +101,11 @@ def _run(trial: Trial) -> tuple[Trial, Result]:
     return trial, trial.run()
 
 
+def cores() -> int:
+    """How many processes can run at a time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_worker() -> None:
     """Set a worker process up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle

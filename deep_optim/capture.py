@@ -85,7 +85,7 @@ def capture_inputs(
     ]
     if not modules:
         raise ValueError("the model has no linear layer or convolution to capture the inputs of")
-    return InputCapture(modules, every, process_group)
+    return InputCapture(modules, None if every is None else int(every), process_group)
 
 
 class InputCapture:
@@ -197,7 +197,7 @@ class InputCapture:
                 inputs.add(self._rows(module, x))
 
     def _every_of(self, module: Any) -> int:
-        return usual_sample(module) if self._every is None else int(self._every)
+        return usual_sample(module) if self._every is None else self._every
 
     def _rows(self, module: Any, x: Tensor) -> "_Rows":
         """The rows of an input, the same object for layers that are called with it in a row."""

@@ -30,11 +30,17 @@ def number_of_rows(layer: Any, x: Tensor) -> int:
     """Return how many rows the layer's input `x` has."""
     if isinstance(layer, nn.Linear):
         return math.prod(x.shape[:-1])
-    return math.prod(_places_of_patches(layer, x))
+    spatial, padding = len(layer.kernel_size), layer._reversed_padding_repeated_twice  # of the last dimension first
+    rows = math.prod(x.shape[: -spatial - 1])
+    for d in range(spatial):  # as `_patches` has them, without the copy that padding is
+        end = 2 * (spatial - d)
+        overhang = sum(padding[end - 2 : end]) - layer.dilation[d] * (layer.kernel_size[d] - 1) - 1
+        rows *= (x.shape[d - spatial] + overhang) // layer.stride[d] + 1
+    return rows
 
 
 def usual_sample(layer: Any) -> int:
-    """Return how many rows one is taken of by default: 8, and 8 times as many where a kernel has as many places.
+    """Return by default of how many rows one is taken: 8, times the places of a convolution's kernel.
 
     A kernel of 9 places sees each number of the input 9 times, and its Gram would cost 9 times as much beside the layer
     as that of a linear one.
@@ -60,23 +66,10 @@ def reading(layer: Any) -> tuple[Any, ...] | None:
 def _rows(layer: Any, x: Tensor, places: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]).index_select(0, places)[None]
-    chosen = _patches(layer, x)[torch.unravel_index(places, _places_of_patches(layer, x))]  # [N, C, *kernel]
+    patches = _patches(layer, x)
+    leading = patches.shape[: len(layer.kernel_size) + 1]
+    chosen = patches[torch.unravel_index(places, leading)]  # [N, C, *kernel]
     return chosen.reshape(len(places), layer.groups, math.prod(layer.weight.shape[1:])).transpose(0, 1)
-
-
-def _places_of_patches(conv: Any, x: Tensor) -> tuple[int, ...]:  # B, *O
-    """Return the shape of the output, without its channels."""
-    spatial = len(conv.kernel_size)
-    padding = conv._reversed_padding_repeated_twice  # left and right of the last dimension first
-    kernel = zip(x.shape[-spatial:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    return (
-        math.prod(x.shape[: -spatial - 1]),
-        *(
-            (side + padding[2 * (spatial - 1 - d)] + padding[2 * (spatial - 1 - d) + 1] - gap * (size - 1) - 1) // step
-            + 1
-            for d, (side, size, step, gap) in enumerate(kernel)
-        ),
-    )
 
 
 def _patches(conv: Any, x: Tensor) -> Tensor:  # -> [B, *O, C, *kernel]

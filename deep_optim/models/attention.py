@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .state import State, check_state, size_of
+from .state import State, check_state, size_of, state_dtype
 
 
 class Attention(nn.Module):
@@ -52,8 +52,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2)), {"key": key, "value": value}
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:  # [B, heads, T, d]
-        half = x.shape[-1] // 2
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # half a turn is lost in bfloat16
+        half, dtype = x.shape[-1] // 2, state_dtype(x.dtype)  # half a turn is lost in bfloat16
         frequency = self.base ** -(torch.arange(half, dtype=dtype, device=x.device) / half)
         position = torch.arange(start, start + x.shape[2], dtype=dtype, device=x.device)
         angle = position[:, None] * frequency  # [T, d / 2]

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .state import State, check_state, size_of
+from .state import State, check_state, size_of, state_dtype
 
 Weights = dict[str, Tensor]
 
@@ -179,7 +179,7 @@ class ContinuumLevel(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         """Of the memory and its state."""
-        return torch.float64 if self.gate.weight.dtype == torch.float64 else torch.float32
+        return state_dtype(self.gate.weight.dtype)
 
 
 def _sum(initial: Weights, written: Weights) -> Weights:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..ops.gated_delta_rule import gated_delta_rule
 from ..ops.gated_mlp_memory import gated_mlp_memory, read_residual_mlp, soft_cap
 from .causal_conv import causal_conv
-from .state import State, check_state, pieces
+from .state import State, check_state, pieces, state_dtype
 
 _CONV_WIDTH = 4  # the paper's
 _LOST = (-7.0, -10.0)  # log₂(1 − retention) of the first and the last head: half is lost after 89 to 710 tokens
@@ -263,7 +263,7 @@ class SelfModifyingTitans(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         """Of the recurrence and its state."""
-        return torch.float64 if self.conv.dtype == torch.float64 else torch.float32
+        return state_dtype(self.conv.dtype)
 
     def initial_state(self, batch_size: int) -> State:
         """Return the state before the first token, of float32, or float64 where the parameters are.

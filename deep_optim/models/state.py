@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 State = dict[str, Any]  # of tensors and further dicts of them
@@ -31,6 +32,11 @@ def check_names(state: State, names: Collection[str], where: str = "state") -> N
     if not isinstance(state, dict) or state.keys() != set(names):
         held = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{where} is of another layer: expected a dict of {sorted(names)}, got {held}")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what a model of this dtype keeps and computes its state in: half precision would lose it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def size_of(state: State, name: str, dim: int) -> int:
