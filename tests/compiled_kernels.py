@@ -24,6 +24,7 @@ INTEGERS = (
     "x_row",
     "x_col",
     "stack",
+    "size",
 )  # what a kernel is given; all else is float32
 
 
@@ -68,7 +69,7 @@ def compile_kernel(kernel, constants, options, architecture, dtypes):
 
 def split(tiles):
     """Return the sizes of the tiles, and what is an option of the compiler."""
-    options = {name: tiles[name] for name in ("num_warps", "num_stages")}
+    options = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
     return {name: size for name, size in tiles.items() if name not in options}, options
 
 
@@ -127,7 +128,29 @@ def delta_momentum():
         yield f"step {size} {wide=}", passes._step_kernel, constants, options, dtypes | rate
 
 
-OPS = {make.__name__: make for make in (deep_momentum, symmetric_product, delta_momentum)}
+def momentum():
+    """Likewise: the memory alone is read, or the write again with it."""
+    from deep_optim.ops import momentum as op
+
+    tiles, options = split(op._BLOCK)
+    options |= {"enable_fp_fusion": False}
+    for nesterov in (True, False):
+        constants = {"NESTEROV": nesterov, "MAXIMIZE": not nesterov, "ALIGNED": True, **tiles}
+        yield f"momentum {nesterov=}", op._momentum_kernel, constants, options, {"table_ptr": "i64"}
+
+
+def descend():
+    """Likewise: a rate on the host with a direction in half precision, and one on the device."""
+    from deep_optim.ops import descend as op
+
+    tiles, options = split(op._BLOCK)
+    options |= {"enable_fp_fusion": False}
+    for on_device, dtypes in ((False, {"direction_ptr": "fp16"}), (True, {"lr": "fp32"})):
+        constants = {"LR_ON_DEVICE": on_device, "ALIGNED": True, **tiles}
+        yield f"descend {on_device=}", op._descend_kernel, constants, options, {"table_ptr": "i64"} | dtypes
+
+
+OPS = {make.__name__: make for make in (deep_momentum, symmetric_product, delta_momentum, momentum, descend)}
 
 
 def compiled(op, cache):

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compiled_kernels import assert_fast, compiled
 from deep_optim import DeltaMomentum
+from deep_optim.ops import addresses
 from deep_optim.ops import delta_momentum_triton as passes
 from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.ops.delta_momentum import DeltaRule, delta_momentum_read, delta_momentum_step
@@ -157,7 +158,7 @@ def test_matches_the_reference_for_all_options(shape, options, triton_device):
 def test_the_rate_is_read_where_it_is(triton_device, monkeypatch):
     """From a tensor of the device in the kernel; the interpreter's device is the CPU, whose tensors are read before."""
     lr = torch.tensor(0.3, device=triton_device)
-    monkeypatch.setattr(passes, "_rate", lambda lr: lr)
+    monkeypatch.setattr(passes, "on_device", lambda lr: lr)
     assert_matches(make((1, 6, 4), device=triton_device), (1, 6, 4), lr=lr)
 
 
@@ -303,22 +304,22 @@ def test_autograd_hears_of_what_was_written(triton_device):
 
 def test_a_table_holds_the_addresses_of_all_blocks():
     tensors = [torch.zeros(6, 4), torch.zeros(6, 4)]
-    table, aligned = passes._addresses(tensors, split=3)
+    table, aligned = addresses.addresses(tensors, split=3)
     expected = [tensor[2 * block].data_ptr() for tensor in tensors for block in range(3)]
     assert table.tolist() == expected and table.dtype == torch.int64
     assert aligned == all(address % 16 == 0 for address in expected)
-    assert not passes._addresses([unaligned(tensors[0])], split=1)[1]
+    assert not addresses.addresses([unaligned(tensors[0])], split=1)[1]
 
 
 def test_a_table_is_kept_for_its_addresses_and_its_stream():
     large = (2**62 + 1, 2**53 + 1, 7)  # exact in int64 alone
     device = torch.device("cpu")
-    passes._kept_table.cache_clear()
-    table = passes._kept_table(large, device, 1)
+    addresses._kept_table.cache_clear()
+    table = addresses._kept_table(large, device, 1)
     assert table.tolist() == list(large)
-    assert passes._kept_table(tuple(list(large)), device, 1) is table
-    assert passes._kept_table(large[::-1], device, 1).tolist() == list(large[::-1])
-    assert passes._kept_table(large, device, 2) is not table
+    assert addresses._kept_table(tuple(list(large)), device, 1) is table
+    assert addresses._kept_table(large[::-1], device, 1).tolist() == list(large[::-1])
+    assert addresses._kept_table(large, device, 2) is not table
 
 
 @needs_triton
@@ -429,15 +430,15 @@ def test_five_steps_on_the_gpu_are_those_of_the_cpu(shape, feature_map):
 @needs_cuda
 def test_tables_of_a_graph_are_its_own():
     """A table that is made while a graph records is filled when it is replayed: no later step may find it."""
-    passes._kept_table.cache_clear()
+    addresses._kept_table.cache_clear()
     tensors = make((1, 64, 32), device="cuda")
     expected = copy.deepcopy(tensors)
     step(expected, shape=(1, 64, 32), backend="triton", **OPTIONS)
-    kept = passes._kept_table.cache_info().currsize
+    kept = addresses._kept_table.cache_info().currsize
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(tensors, shape=(1, 64, 32), backend="triton", **OPTIONS)
-    assert passes._kept_table.cache_info().currsize == kept
+    assert addresses._kept_table.cache_info().currsize == kept
     graph.replay()
     assert all(map(torch.equal, tensors[0] + tensors[2], expected[0] + expected[2]))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.ops.frobenius import frobenius_norm
 
 
@@ -42,3 +43,33 @@ def test_a_number_that_is_none_shows(bad):
 def test_an_empty_stack_has_no_norms():
     assert frobenius_norm(torch.zeros(0, 3, 4)).shape == (0, 1, 1)
     assert frobenius_norm(torch.zeros(2, 0, 4)).shape == (2, 1, 1)
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(150, 120), (2, 3, 5, 4), (1, 1)], ids=str)
+def test_the_kernel_is_right_for_any_size(shape, size, triton_device):
+    """Of more tiles than one, and of a tail."""
+    matrix = make(*shape) * size
+    norm = frobenius_norm(matrix.float().to(triton_device), backend="triton").cpu()
+    torch.testing.assert_close(norm, torch.linalg.matrix_norm(matrix, keepdim=True).float(), rtol=2e-6, atol=0)
+
+
+@needs_triton
+def test_the_kernel_keeps_matrices_apart_and_lets_bad_numbers_show(triton_device):
+    matrix = make(4, 3, 4).float().to(triton_device)
+    matrix[0], matrix[1, 2, 1], matrix[2, 0, 0] = 0, float("nan"), float("inf")
+    norm = frobenius_norm(matrix, backend="triton").flatten().tolist()
+    assert norm[0] == torch.finfo(torch.float32).tiny and norm[1] != norm[1] and norm[2] == float("inf")
+    assert norm[3] == pytest.approx(torch.linalg.matrix_norm(matrix[3]).item())
+
+
+@needs_triton
+def test_an_explicit_request_never_falls_back(triton_device):
+    with pytest.raises(RuntimeError, match="in_dtypes=False"):
+        frobenius_norm(make(3, 4).to(triton_device), backend="triton")
+    with pytest.raises(ValueError, match="'cuda'"):
+        frobenius_norm(make(3, 4).float().to("meta"), backend="cuda")

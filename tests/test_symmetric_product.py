@@ -190,11 +190,11 @@ def test_auto_takes_the_reference_on_the_cpu(monkeypatch):
 @pytest.mark.parametrize(
     "shape, dtype, taken",
     [
-        ((1024, 1024), torch.bfloat16, True),
-        ((2, 1024, 4096), torch.float32, True),
-        ((2, 1023, 4096), torch.bfloat16, False),
-        ((4096, 1023), torch.bfloat16, False),
-        ((1024, 1024), torch.float64, False),
+        ((24, 2048, 4096), torch.bfloat16, True),
+        ((4, 4096, 4096), torch.float32, True),
+        ((48, 2047, 4096), torch.bfloat16, False),
+        ((1, 2048, 4096), torch.bfloat16, False),
+        ((4, 4096, 4096), torch.float64, False),
     ],
     ids=str,
 )

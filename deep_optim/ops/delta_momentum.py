@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from .backend import Backend, use_triton
+from .addresses import addressable
+from .backend import Backend
 from .delta_momentum_triton import delta_momentum_triton
 from .feature_map import FeatureMap, feature_map
 from .two_sided_delta import GramNorm, two_sided_delta_reference
@@ -104,13 +104,9 @@ def delta_momentum_read(
 def fusible(tensors: Sequence[Tensor], features: FeatureMap, backend: Backend) -> bool:
     """Return whether to go by the addresses of these tensors, in kernels that have these features.
 
-    Not under torch.compile, nor for subclasses such as DTensor or what is not contiguous. Of the features, "identity"
-    and "soft_rows" are a factor per token, which the kernels apply wherever they read G.
+    Of the features, "identity" and "soft_rows" are a factor per token, which the kernels apply wherever they read G.
     """
-    if torch.compiler.is_compiling() or features not in ("identity", "soft_rows"):
-        return False
-    plain = all(type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() for tensor in tensors)
-    return plain and use_triton(backend, *tensors)
+    return features in ("identity", "soft_rows") and addressable(tensors, backend)
 
 
 def _implementation(tensors: Sequence[Tensor], rule: DeltaRule, backend: Backend) -> Callable[..., Tensor | None]:

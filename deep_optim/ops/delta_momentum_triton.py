@@ -22,37 +22,31 @@ bytes at a time where all tensors are aligned.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .addresses import addresses, on_device
 from .backend import HAS_TRITON, on_device_of, tl, triton
 from .feature_map import _SOFTNESS, FeatureMap
 from .symmetric_product import symmetric_product
-from .two_sided_delta import GramNorm, erasing_polynomial, times
+from .two_sided_delta import GramNorm, erasing_polynomial, inverse_bound
 
 if TYPE_CHECKING:  # which imports this module
     from .delta_momentum import DeltaRule
 
 # The largest tiles for which the compiler spills no register on sm_80, sm_90 and sm_100 and that fit into the 99 KB of
 # shared memory of the smallest GPUs with bfloat16; chosen by compiling, not by timing.
-_SQUARES = {"BLOCK_R": 32, "BLOCK_P": 64, "num_warps": 4}
+_SQUARES = {"BLOCK_R": 16, "BLOCK_P": 256, "num_warps": 4}
+_FACTORS = {"BLOCK_R": 1024, "num_warps": 4}
 _OPERANDS = {"BLOCK_R": 64, "BLOCK_P": 64, "num_warps": 4}
 _LARGE = {"BLOCK_R": 128, "BLOCK_P": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 _SMALL = {"BLOCK_R": 64, "BLOCK_P": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 
 if HAS_TRITON:
+    from .addresses import matrix_at
     from .deep_momentum_triton import _halves, _tile
-
-    @triton.jit
-    def _matrix(table_ptr, index, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The float32 matrix at an address of the table."""
-        pointer = tl.load(table_ptr + index).to(tl.pointer_type(tl.float32))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        return pointer
 
     @triton.jit
     def _factors(scale_ptr, batch, row_start, r, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -69,7 +63,7 @@ if HAS_TRITON:
         tiles = tl.cdiv(r, BLOCK_R)
         program = tl.program_id(0).to(tl.int64)
         batch, row_start = program // tiles, program % tiles * BLOCK_R
-        grad_ptr = _matrix(table_ptr, batch, ALIGNED)
+        grad_ptr = matrix_at(table_ptr, batch, ALIGNED)
         acc = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float64)  # where no square overflows or vanishes
         for col_start in range(0, p, BLOCK_P):
             start, at, mask = _tile(0, row_start, tl.cast(col_start, tl.int64), r, p, WIDE, BLOCK_R, BLOCK_P)
@@ -77,6 +71,38 @@ if HAS_TRITON:
             acc += grad * grad
         rows = row_start + tl.arange(0, BLOCK_R)
         tl.store(squares_ptr + batch * r + rows, tl.sum(acc, 1), mask=rows < r)
+
+    @triton.jit
+    def _factors_kernel(  # type: ignore[no-untyped-def]
+        squares_ptr, norm_ptr, scale_ptr, r, softness,
+        SOFT: tl.constexpr, SIGN: tl.constexpr, TINY: tl.constexpr, BLOCK_R: tl.constexpr,
+    ):  # fmt: skip
+        """‖G‖_F and w of one matrix: SIGN, or for soft rows 1 / (length + softness) brought back to ‖U‖_F = ‖G‖_F."""
+        batch = tl.program_id(0).to(tl.int64)
+        squares_ptr += batch * r
+        acc = tl.zeros((BLOCK_R,), dtype=tl.float64)
+        for start in range(0, r, BLOCK_R):
+            rows = start + tl.arange(0, BLOCK_R)
+            acc += tl.load(squares_ptr + rows, mask=rows < r, other=0.0)
+        norm = tl.sqrt(tl.sum(acc))
+        norm = tl.where(norm < TINY, tl.full((), TINY, tl.float64), norm)  # a NaN stays one
+        tl.store(norm_ptr + batch, norm.to(tl.float32))
+        kept = tl.full((), 1.0, tl.float64)
+        if SOFT:
+            acc = tl.zeros((BLOCK_R,), dtype=tl.float64)
+            for start in range(0, r, BLOCK_R):
+                rows = start + tl.arange(0, BLOCK_R)
+                length = tl.sqrt(tl.load(squares_ptr + rows, mask=rows < r, other=0.0)) / norm
+                acc += (length / (length + softness)) * (length / (length + softness))
+            kept = tl.sqrt(tl.sum(acc))  # at least 0.76, but for a zero gradient
+            kept = tl.where(kept < 0.5, tl.full((), 0.5, tl.float64), kept)
+        for start in range(0, r, BLOCK_R):
+            rows = start + tl.arange(0, BLOCK_R)
+            weight = tl.full((BLOCK_R,), SIGN, tl.float64)
+            if SOFT:
+                length = tl.sqrt(tl.load(squares_ptr + rows, mask=rows < r, other=0.0)) / norm
+                weight = SIGN / ((length + softness) * kept)
+            tl.store(scale_ptr + batch * r + rows, weight.to(tl.float32), mask=rows < r)
 
     @triton.jit
     def _operands_kernel(  # type: ignore[no-untyped-def]
@@ -90,8 +116,8 @@ if HAS_TRITON:
         batch, tile = program // tiles, program % tiles
         row_start, col_start = tile // tiles_p * BLOCK_R, tile % tiles_p * BLOCK_P
         start, at, mask = _tile(0, row_start, col_start, r, p, WIDE, BLOCK_R, BLOCK_P)
-        memory = tl.load(_matrix(table_ptr, stack + batch, ALIGNED) + start + at, mask=mask, other=0.0)
-        grad = tl.load(_matrix(table_ptr, batch, ALIGNED) + start + at, mask=mask, other=0.0)
+        memory = tl.load(matrix_at(table_ptr, stack + batch, ALIGNED) + start + at, mask=mask, other=0.0)
+        grad = tl.load(matrix_at(table_ptr, batch, ALIGNED) + start + at, mask=mask, other=0.0)
         key = grad / tl.load(norm_ptr + batch) * _factors(scale_ptr, batch, row_start, r, BLOCK_R)
         start, at, _ = _tile(batch, row_start, col_start, r, p, WIDE, BLOCK_R, BLOCK_P)
         tl.store(operands_ptr + start + at, memory.to(operands_ptr.dtype.element_ty), mask=mask)
@@ -135,7 +161,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _step_kernel(  # type: ignore[no-untyped-def]
-        table_ptr, operands_ptr, s_ptr, q_ptr, scale_ptr, direction_ptr, lr,
+        table_ptr, operands_ptr, s_ptr, q_ptr, rate_ptr, scale_ptr, direction_ptr, lr,
         stack, r, p, weight_decay, decay, lookahead,
         READ: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, DESCEND: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
         WIDE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -160,9 +186,10 @@ if HAS_TRITON:
                 acc, operands_ptr, q_ptr, stack + batch, batch, row_start, col_start, r, p,
                 WIDE, BLOCK_R, BLOCK_P, BLOCK_K,
             )  # fmt: skip
-        grad_ptr = _matrix(table_ptr, batch, ALIGNED)
-        memory_ptr = _matrix(table_ptr, stack + batch, ALIGNED)
-        out_ptr = _matrix(table_ptr, 2 * stack + batch, ALIGNED) if DESCEND else direction_ptr + batch * r * p
+        acc *= tl.load(rate_ptr + batch)
+        grad_ptr = matrix_at(table_ptr, batch, ALIGNED)
+        memory_ptr = matrix_at(table_ptr, stack + batch, ALIGNED)
+        out_ptr = matrix_at(table_ptr, 2 * stack + batch, ALIGNED) if DESCEND else direction_ptr + batch * r * p
         factors = _factors(scale_ptr, batch, row_start, r, BLOCK_R)
         # A quarter at a time: the registers do not hold whole tiles of G, M and W too.
         quarter: tl.constexpr = BLOCK_P // 4
@@ -188,16 +215,14 @@ def delta_momentum_triton(
     """Write `memories` and `params`, or return D if there are none; all of them contiguous and in float32."""
     split, m, n = rule.shape
     p, r = sorted((m, n))
-    table, aligned = _addresses((*grads, *memories, *(params or ())), split)
+    table, aligned = addresses((*grads, *memories, *(params or ())), split)
     stack, device = split * len(grads), grads[0].device
     layout = {"WIDE": m < n, "ALIGNED": aligned}
 
     squares = torch.empty(stack, r, dtype=torch.float64, device=device)
     with on_device_of(squares):
         _squares_kernel[(stack * triton.cdiv(r, _SQUARES["BLOCK_R"]),)](table, squares, r, p, **layout, **_SQUARES)
-    norm, factors = _norm_and_factors(squares, rule.features)
-    if rule.maximize:
-        factors.neg_()
+    norm, factors = _norm_and_factors(squares, rule.features, rule.maximize)
 
     # The interpreter has no bfloat16: https://github.com/triton-lang/triton/issues/11584
     operands = torch.empty(2, stack, m, n, dtype=torch.bfloat16 if grads[0].is_cuda else torch.float32, device=device)
@@ -207,14 +232,14 @@ def delta_momentum_triton(
 
     a, k = operands.mT if m < n else operands  # [B, r, p]
     short, long = rule.short_and_long()
-    s, q = _small_products(a, k, short, long, rule.inner_steps, rule.gram_norm)
-    lr = _rate(lr)
+    s, q, rate = _small_products(a, k, short, long, rule.inner_steps, rule.gram_norm)
+    lr = on_device(lr)
     direction = torch.empty(stack, m, n, device=device) if params is None else None
     blocks = _LARGE if p > _SMALL["BLOCK_P"] else _SMALL
     tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(p, blocks["BLOCK_P"])
     with on_device_of(operands):
         _step_kernel[(stack * tiles,)](
-            table, operands, s, q, factors, direction, lr, stack, r, p,
+            table, operands, s, q, rate, factors, direction, lr, stack, r, p,
             weight_decay, rule.decay, rule.lookahead or 0.0, READ=rule.lookahead is not None,
             SHORT=s is not None, LONG=q is not None, DESCEND=direction is None, LR_ON_DEVICE=isinstance(lr, Tensor),
             **layout, **blocks,
@@ -223,58 +248,31 @@ def delta_momentum_triton(
     return direction
 
 
-def _norm_and_factors(squares: Tensor, features: FeatureMap) -> tuple[Tensor, Tensor]:  # [B, r] -> [B, 1], [B, r]
-    """Return ‖G‖_F, which is also ‖U‖_F, and w, from the sums of squares of the rows."""
-    norm = squares.sum(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    if features == "identity":
-        return norm.float(), torch.ones_like(squares, dtype=torch.float32)
-    length = squares.sqrt() / norm
-    weight = 1 / (length + _SOFTNESS / squares.shape[-1] ** 0.5)
-    kept = torch.linalg.vector_norm(weight * length, dim=-1, keepdim=True)  # at least 0.76, but for a zero gradient
-    return norm.float(), (weight / kept.clamp(min=0.5)).float()
+def _norm_and_factors(squares: Tensor, features: FeatureMap, maximize: bool) -> tuple[Tensor, Tensor]:
+    """Return ‖G‖_F [B], which is also ‖U‖_F, and w [B, r], from the sums of squares of the rows [B, r]."""
+    stack, r = squares.shape
+    norm = torch.empty(stack, dtype=torch.float32, device=squares.device)
+    factors = torch.empty(stack, r, dtype=torch.float32, device=squares.device)
+    with on_device_of(squares):
+        _factors_kernel[(stack,)](
+            squares, norm, factors, r, _SOFTNESS / r**0.5, SOFT=features == "soft_rows", SIGN=-1.0 if maximize else 1.0,
+            TINY=torch.finfo(torch.float32).tiny, **_FACTORS,
+        )  # fmt: skip
+    return norm, factors
 
 
 def _small_products(
     a: Tensor, k: Tensor, short: float, long: float, inner_steps: int, gram_norm: GramNorm
-) -> tuple[Tensor | None, Tensor | None]:  # [B, p, p]
-    """Return short · T KᵀK and long · T KᵀA, each None if its factor is 0."""
-    polynomial = gram = k.new_ones(1, 1, 1)  # T = 1 for one step by the trace of KᵀK, which is ‖K‖² = 1
-    if short or inner_steps > 1 or gram_norm == "eigenvalue":
-        gram = symmetric_product(k.mT)
-    if inner_steps > 1 or gram_norm == "eigenvalue":
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # [B, p, p], [B, p, p], [B]
+    """Return S = T KᵀK and Q = T KᵀA, None if short or long is 0, and the rate at which A S + K Q is erased."""
+    gram = symmetric_product(k.mT) if short or inner_steps > 1 or gram_norm == "eigenvalue" else None
+    s, q = gram if short else None, k.mT @ a if long else None
+    rate = torch.full((len(k),), long or short, dtype=torch.float32, device=k.device)
+    if gram is not None and inner_steps > 1:
         polynomial = erasing_polynomial(gram, inner_steps, gram_norm)
-    s = times(polynomial, gram).mul_(short) if short else None
-    q = times(polynomial, k.mT @ a).mul_(long) if long else None
-    return s, q
-
-
-def _rate(lr: float | Tensor) -> float | Tensor:
-    """Return a number, or a tensor of the device; one on the host is read there, which waits for nothing."""
-    return lr.item() if isinstance(lr, Tensor) and not lr.is_cuda else lr
-
-
-def _addresses(tensors: Sequence[Tensor], split: int) -> tuple[Tensor, bool]:
-    """Return where each of `split` blocks of each tensor lies, and whether all are aligned to 16 bytes."""
-    block = tensors[0].numel() // split * tensors[0].element_size()
-    addresses = tuple(tensor.data_ptr() + i * block for tensor in tensors for i in range(split))
-    aligned = all(address % 16 == 0 for address in addresses)
-    device = tensors[0].device
-    if device.type != "cuda":
-        return _table(addresses, device), aligned
-    if torch.cuda.is_current_stream_capturing():  # the table is the graph's own: made, and lost, with it
-        return _table(addresses, device), aligned
-    return _kept_table(addresses, device, torch.cuda.current_stream(device).cuda_stream), aligned
-
-
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the addresses as a tensor; they reach the device as arguments of a kernel, for which nothing waits."""
-    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
-    torch._foreach_add_(table.unbind(), addresses)
-    return table
-
-
-# Gradients come back at the same few places; a table is right for as long as its key is, whatever lies there. The
-# stream is a part of the key: on another one nothing says that the table is written before it is read.
-@lru_cache(maxsize=256)
-def _kept_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _table(addresses, device)
+        s, q = (None if matrix is None else torch.bmm(polynomial, matrix) for matrix in (s, q))
+    elif gram is not None and gram_norm == "eigenvalue":  # T is a number; by the trace, which is ‖K‖² = 1, it is 1
+        rate = rate * inverse_bound(torch.bmm(gram, gram)).flatten()
+    if s is not None and long and short != long:
+        s = s * (short / long)
+    return s, q, rate

@@ -60,6 +60,7 @@ def newton_schulz(
     coefficients: Coefficients = "muon",
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    cast: bool = True,
 ) -> Tensor:  # [..., m, n], the dtype of `matrix`
     """Return the nearest semi-orthogonal matrix, approximately; see the module docstring for the iteration.
 
@@ -73,8 +74,10 @@ def newton_schulz(
         coefficients: "muon" (one polynomial, fast and loose) or "polar_express" (the best polynomial of each step,
             which converges: 7 steps bring all above 1e-3 within 1e-5 of 1, in float32).
         scale: of the result; it rides on the last iteration and costs nothing.
-        dtype: working precision; by default bfloat16 on accelerators and on CPUs that multiply it natively, float32
-            on other CPUs, float64 for float64 matrices.
+        dtype: working precision; by default float16 on accelerators, bfloat16 on CPUs that multiply it natively,
+            float32 on other CPUs, float64 for float64 matrices. A norm of 1 needs none of bfloat16's range, and float16
+            has 3 bits more.
+        cast: bring the result back to the dtype of `matrix`; without, it stays in the working precision.
 
     Raises:
         ValueError: for an unknown set of coefficients, fewer than 1 step, or a tensor that is no matrix.
@@ -83,36 +86,51 @@ def newton_schulz(
         raise ValueError(f"newton_schulz takes matrices [..., m, n], got a tensor of shape {tuple(matrix.shape)}")
     *polynomials, (a, b, c) = _polynomials(coefficients, steps)
     polynomials.append((scale * a, scale * b, scale * c))
+    dtype = dtype or _working_dtype(matrix)
     if matrix.numel() == 0:
-        return matrix.clone()
+        return matrix.clone() if cast else matrix.to(dtype)
     m, n = matrix.shape[-2:]
-    x = one_stack((matrix / frobenius_norm(matrix)).to(dtype or working_dtype(matrix)))
+    x = one_stack(_unit(matrix, dtype))
     gathered = _GATHERED[coefficients] if max(m, n) >= _LONG * min(m, n) else 1
     for start in range(0, steps, gathered):
         x = _iterate(x, polynomials[start : start + gathered])
-    return x.reshape(matrix.shape).to(matrix.dtype)
+    x = x.reshape(matrix.shape)
+    return x.to(matrix.dtype) if cast else x
 
 
 def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:  # [B, m, n] -> [B, m, n]
     """Apply one polynomial, or two in Gram form."""
     tall = x.shape[-2] > x.shape[-1]  # X Z with A = XᵀX, so that nothing is transposed
     gram = symmetric_product(x.mT if tall else x)  # A [B, p, p]
-    a, b, c = polynomials[0]
-    part = symmetric_product(gram, add=gram, alpha=c, beta=b)  # Z − a I, by A = Aᵀ: a is not rounded with it
-    if len(polynomials) == 1:
-        return torch.baddbmm(x, *((x, part) if tall else (part, x)), beta=a)
-    gram = torch.baddbmm(gram, part, gram, beta=a)  # Z A
-    gram = torch.baddbmm(gram, gram, part, beta=a)  # Z A Z
-    z = part.clone()  # autograd still needs the part
-    z.diagonal(dim1=-2, dim2=-1).add_(a)
-    a, b, c = polynomials[1]
-    product = symmetric_product(gram, add=gram, alpha=c, beta=b)  # Z′ − a I
-    product = torch.baddbmm(z, product, z, beta=a)  # Z′ Z
-    return torch.bmm(x, product) if tall else torch.bmm(product, x)
+    z = _polynomial(gram, polynomials[0])
+    if len(polynomials) == 2:
+        gram = torch.bmm(torch.bmm(z, gram), z)  # Z A Z
+        z = torch.bmm(_polynomial(gram, polynomials[1]), z)  # Z′ Z
+    return torch.bmm(x, z) if tall else torch.bmm(z, x)
+
+
+def _polynomial(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:  # A [B, p, p] -> Z [B, p, p]
+    """Return a I + b A + c A², by A = Aᵀ."""
+    a, b, c = coefficients
+    return symmetric_product(gram, add=gram, alpha=c, beta=b, diagonal=a)
+
+
+def _unit(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return M / ‖M‖_F in `dtype`: rounded in the same pass, where autograd does not have to see it."""
+    norm = frobenius_norm(matrix)
+    if torch.is_grad_enabled() and matrix.requires_grad:
+        return (matrix / norm).to(dtype)
+    return torch.div(matrix, norm, out=torch.empty(matrix.shape, dtype=dtype, device=matrix.device))
+
+
+def _working_dtype(matrix: Tensor) -> torch.dtype:
+    if matrix.is_cpu or matrix.dtype == torch.float64:
+        return working_dtype(matrix)
+    return torch.float16
 
 
 def working_dtype(matrix: Tensor) -> torch.dtype:
-    """Return the precision in which `newton_schulz` works by default: bfloat16 where it is the faster one."""
+    """Return what matrices of any size are multiplied in by default: bfloat16 where it is faster than float32."""
     if matrix.dtype == torch.float64:
         return torch.float64
     return torch.float32 if matrix.is_cpu and not _CPU_HAS_BFLOAT16 else torch.bfloat16

@@ -1,10 +1,10 @@
 """The product of a matrix with its own transpose, half of which is computed and half mirrored.
 
-    S = α X Xᵀ + β C        C symmetric, S symmetric to the last bit
+    S = α X Xᵀ + β C + δ I        C symmetric, S symmetric to the last bit
 
-Both products of a Newton-Schulz iteration but the last have this form: the Gram X Xᵀ, and b A + c A² = c A Aᵀ + b A for
-the symmetric A. A general matrix product computes every entry above the diagonal a second time. Here only the
-tiles on and below the diagonal have a program, t (t + 1) / 2 of t², and each writes its transpose too.
+Both products of a Newton-Schulz iteration but the last have this form: the Gram X Xᵀ, and c A² + b A + a I, where
+A² = A Aᵀ for the symmetric A. A general matrix product computes every entry above the diagonal a second time. Here only
+the tiles on and below the diagonal have a program, t (t + 1) / 2 of t², and each writes its transpose too.
 Xᵀ X is the product of X.mT: strides are read as they are, so that nothing is copied to transpose it.
 Accumulated in float32; float32 operands are multiplied by tf32x3, which is as exact as float32.
 """
@@ -17,9 +17,9 @@ from .one_stack import one_stack
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Predicted, not timed: published measurements of other kernels of this kind win over cuBLAS from about 1024 rows
-# upwards and lose at 512 and below, where the tiles on the diagonal, half of them wasted, weigh too much.
-_WORTH = 1024
+# Rows, and FLOPs of a whole product, from which the kernel won over cuBLAS on an H100: `python -m benchmarks kernels`.
+# Below, cuBLAS has the better tiles, and the ones on the diagonal, half of them wasted, weigh too much.
+_WORTH_ROWS, _WORTH_FLOPS = 2048, 4e11
 
 # The largest tiles for which the compiler spills no register on sm_80, sm_90 and sm_100 and that fit into the 99 KB of
 # shared memory of the smallest GPUs with bfloat16; chosen by compiling, not by timing.
@@ -35,9 +35,10 @@ def symmetric_product(
     add: Tensor | None = None,  # C [..., m, m]
     alpha: float = 1.0,
     beta: float = 1.0,
+    diagonal: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:  # S [..., m, m], the dtype of `x`
-    """Return α X Xᵀ + β C; see the module docstring. Pass X.mT for Xᵀ X.
+    """Return α X Xᵀ + β C + δ I; see the module docstring. Pass X.mT for Xᵀ X.
 
     Costs about m² n FLOPs where Triton computes it, and 2 m² n where torch does. From Triton S equals its transpose
     bit for bit, from torch up to rounding.
@@ -47,17 +48,20 @@ def symmetric_product(
         add: C, of the dtype of `x`; it has to be symmetric, since only its lower triangle is sure to be read.
         alpha: factor of the product.
         beta: factor of `add`; without one it has no meaning.
-        backend: "auto", "reference" or "triton". "auto" takes Triton on CUDA where m and n are 1024 or more. That
-            bound is a prediction from published numbers.
+        diagonal: δ; added before the result is rounded from Triton, and after it from torch.
+        backend: "auto", "reference" or "triton". "auto" takes Triton on CUDA for large products, from where on it was
+            measured to be faster.
     """
     tensors = (x,) if add is None else (x, add)
-    worth = backend != "auto" or min(x.shape[-2:]) >= _WORTH  # first: on a CPU Newton-Schulz asks ten times a step
-    triton = worth and use_triton(backend, *tensors, dtypes=_DTYPES)
+    # On a CPU Newton-Schulz asks ten times a step.
+    triton = not (backend == "auto" and x.is_cpu) and use_triton(backend, *tensors, dtypes=_DTYPES)
+    if backend == "auto" and triton:
+        triton = x.shape[-2] >= _WORTH_ROWS and 2 * x.numel() * x.shape[-2] >= _WORTH_FLOPS
     step = _symmetric_product_triton if triton else symmetric_product_reference
-    return step(x, add, alpha, beta)
+    return step(x, add, alpha, beta, diagonal)
 
 
-def symmetric_product_reference(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+def symmetric_product_reference(x: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
     """The equation as written; the ground truth that the other path is tested against."""
     flat = one_stack(x)
     if add is None:
@@ -65,6 +69,8 @@ def symmetric_product_reference(x: Tensor, add: Tensor | None, alpha: float, bet
         product = product if alpha == 1 else alpha * product
     else:
         product = torch.baddbmm(one_stack(add), flat, flat.mT, beta=beta, alpha=alpha)
+    if diagonal:
+        product.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return product.reshape(*x.shape[:-1], x.shape[-2])
 
 
@@ -73,7 +79,7 @@ if HAS_TRITON:
     @triton.jit
     def _symmetric_product_kernel(  # type: ignore[no-untyped-def]
         x_ptr, add_ptr, out_ptr,
-        m, n, x_batch, x_row, x_col, alpha, beta,
+        m, n, x_batch, x_row, x_col, alpha, beta, diagonal,
         ADD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """One [BLOCK, BLOCK] tile on or below the diagonal, and its mirror image."""
@@ -103,6 +109,7 @@ if HAS_TRITON:
         result = alpha * acc
         if ADD:
             result += beta * tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        result = tl.where(rows[:, None] == cols[None, :], result + diagonal, result)
         result = result.to(out_ptr.dtype.element_ty)
         mirrored = tl.trans(result)
         if i == j:  # the two halves of this tile may have been summed in different orders
@@ -113,7 +120,7 @@ if HAS_TRITON:
             tl.store(out_ptr + at, mirrored, mask=(cols[:, None] < m) & (rows[None, :] < m))
 
 
-def _symmetric_product_triton(x: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _symmetric_product_triton(x: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
     m, n = x.shape[-2:]
     flat = one_stack(x)
     out = x.new_empty(*x.shape[:-2], m, m)
@@ -123,7 +130,7 @@ def _symmetric_product_triton(x: Tensor, add: Tensor | None, alpha: float, beta:
         add = None if add is None else add.contiguous()
         with on_device_of(flat):
             _symmetric_product_kernel[(programs,)](
-                flat, add, out, m, n, *flat.stride(), alpha, beta, ADD=add is not None, **tiles
+                flat, add, out, m, n, *flat.stride(), alpha, beta, diagonal, ADD=add is not None, **tiles
             )
     return out
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from .backend import Backend, use_triton
 from .deep_momentum_triton import update_memory, write_operands
 from .frobenius import frobenius_norm
+from .gram_polynomial import gram_polynomial
 from .mlp_memory import MLPMemory
 from .newton_schulz import working_dtype
 from .one_stack import one_stack
@@ -181,23 +182,13 @@ def erasure(
 
 
 def erasing_polynomial(gram: Tensor, inner_steps: int, gram_norm: GramNorm) -> Tensor:  # [B, p, p]
-    """Return T(C) / λ, where `gram` is λ C: by Horner's rule, two degrees at a time; [B, 1, 1] if it is constant.
-
-    Only products are taken in the low precision of `gram`.
-    """
+    """Return T(C) / λ, where `gram` is λ C; [B, 1, 1] if it is constant."""
     square = torch.bmm(gram, gram) if gram_norm == "eigenvalue" or inner_steps > 2 else gram  # λ² C²
     scale = inverse_bound(square) if gram_norm == "eigenvalue" else inverse_trace(gram)  # 1 / λ
     coefficients = [c * scale ** (i + 1) for i, c in enumerate(_coefficients(inner_steps))]
     if inner_steps == 1:
         return coefficients[0].to(gram.dtype)
-    result = coefficients.pop() * square if inner_steps % 2 else torch.zeros_like(scale)
-    while coefficients:
-        linear, constant = coefficients.pop() * gram, coefficients.pop()  # float32 again, by the coefficient
-        linear.diagonal(dim1=-2, dim2=-1).add_(constant.squeeze(-1))
-        result = linear.add_(result)
-        if coefficients:
-            result = torch.bmm(square, result.to(square.dtype))
-    return result.to(gram.dtype)
+    return gram_polynomial(gram, square, coefficients)
 
 
 def times(polynomial: Tensor, matrix: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from deep_optim.ops.descend import descend, descend_reference
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .adamw import adamw_step, init_adamw_state
@@ -24,7 +25,7 @@ from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
 from .rounding import COMPENSATION, exact_dtype, from_master, init_compensation, to_master
 from .sharded_step import entry_by_entry, matrix_by_matrix
-from .sharding import Loads, can_spread, local_of, matrix_cost, whole
+from .sharding import Loads, can_spread, local, local_of, matrix_cost, whole
 from .stacks import as_matrices, matrices, stack, stacks, unstack
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
@@ -52,6 +53,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     per_parameter: ClassVar[tuple[str, ...]] = (COMPENSATION,)  # names of state that stay out of the stacks
     read_only: ClassVar[tuple[str, ...]] = ()  # names of state that stacks read and never write
     reads_weights: ClassVar[bool] = False  # whether `pull` does
+    in_place: ClassVar[tuple[str, ...]] = ()  # names of state that `write_in_place` writes
     _loads: Loads  # of the step under way
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -105,6 +107,15 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         New values are assigned to the entries of `state`; arguments are not modified.
         """
         raise NotImplementedError
+
+    def write_in_place(
+        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> Tensor | None:
+        """Do what `features` and `update` do without stacks, and return the direction [B, m, n].
+
+        None where it cannot be done, or where the output map or `pull` want to see what is written.
+        """
+        return None
 
     def observed(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """Return what the other methods are to find in `state` for these parameters in this step, and never again."""
@@ -208,9 +219,9 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Step parameters of one shape; with m × n matrices and B = split · len(params), all is [B, m, n]."""
         states = [self.state[param] for param in params]
-        _count_step(states)
+        count_step(states)
         grads = [param.grad for param in params if param.grad is not None]  # all have one
-        descend(params, states, self.direction(group, params, params, grads, states), group)
+        descend_stack(params, states, self.direction(group, params, params, grads, states), group)
 
     def direction(
         self,
@@ -222,13 +233,17 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     ) -> Tensor:  # [B, m, n]
         """Write the gradients into the memories and return what the weights are to be moved against."""
         shape = matrix_shape(grads[0], group)
-        grad = matrices(grads, shape, exact_dtype(grads[0]))
-        names = [name for name in states[0] if name not in self.per_parameter]
+        written = read = self.write_in_place(grads, states, group)
+        done = self.per_parameter if read is None else (*self.per_parameter, *self.in_place)
+        names = [name for name in states[0] if name not in done]
         before = {name: stack([as_matrices(state[name], grads[0], shape) for state in states]) for name in names}
         stacked = before | self.observed(params, group)
 
-        written = self.features(-grad if group["maximize"] else grad, stacked, group)
-        direction = self.output(self.update(written, stacked, group), written, stacked, group)
+        if written is None or read is None:
+            grad = matrices(grads, shape, exact_dtype(grads[0]))
+            written = self.features(-grad if group["maximize"] else grad, stacked, group)
+            read = self.update(written, stacked, group)
+        direction = self.output(read, written, stacked, group)
         pull = self.pull(weights, written, stacked, group)
 
         for name in names:
@@ -240,12 +255,12 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def _step_sharded(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Step sharded parameters of any shapes."""
         states = [self.state[param] for param in params]
-        _count_step(states)
+        count_step(states)
         directions = (entry_by_entry if self.entrywise(group) else matrix_by_matrix)(self, group, params)
         descend_along(params, states, directions, group)
 
 
-def _count_step(states: list[dict[str, Tensor]]) -> None:
+def count_step(states: list[dict[str, Tensor]]) -> None:
     for state in states:
         if "step" in state:
             state["step"] += 1
@@ -261,26 +276,26 @@ def only_makes_state(param: Tensor, group: dict[str, Any]) -> bool:
     return not capturing(param) and group["lr"] == 0 and not whole(param.grad).any()  # type: ignore[arg-type]
 
 
-def descend(params: list[Tensor], states: list[dict[str, Tensor]], direction: Tensor, group: dict[str, Any]) -> None:
+def descend_stack(
+    params: list[Tensor], states: list[dict[str, Tensor]], stacked: Tensor, group: dict[str, Any]
+) -> None:
     """W ← (1 − lr · weight_decay) · W − lr · D, in place, for parameters that share out the stack D."""
-    blocks = direction.chunk(len(params))
-    directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
-    descend_along(params, states, directions, group)
+    if any(local(param) is not param for param in params):
+        blocks = stacked.chunk(len(params))
+        directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
+        descend_along(params, states, directions, group)
+        return
+    masters = [to_master(param, state) for param, state in zip(params, states, strict=True)]
+    descend(masters, stacked, lr=group["lr"], weight_decay=group["weight_decay"])
+    for master, param, state in zip(masters, params, states, strict=True):
+        from_master(master, param, state)
 
 
 def descend_along(
     params: list[Tensor], states: list[dict[str, Tensor]], directions: list[Tensor], group: dict[str, Any]
 ) -> None:
     """The same for this rank's shards of a direction for each parameter."""
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(())
-        directions, step = list(torch._foreach_mul(directions, lr)), -1.0
-    else:
-        step = -lr
     masters = [to_master(param, state) for param, state in zip(params, states, strict=True)]
-    if weight_decay != 0:
-        torch._foreach_mul_(masters, 1 - lr * weight_decay)
-    torch._foreach_add_(masters, directions, alpha=step)
+    descend_reference(masters, directions, group["lr"], group["weight_decay"])
     for master, param, state in zip(masters, params, states, strict=True):
         from_master(master, param, state)

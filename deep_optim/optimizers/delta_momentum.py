@@ -21,7 +21,7 @@ erases once for each side and writes once, and so do several inner steps.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.newton_schulz import Coefficients
 from deep_optim.ops.two_sided_delta import GramNorm, most_erased, two_sided_delta
 
-from .base import MemoryOptimizer, descend
+from .base import MemoryOptimizer
 from .matrices import matrix_shape
 from .output_map import OutputMap
 from .validation import check_at_least, check_choice, check_count
@@ -91,6 +91,8 @@ class DeltaMomentum(MemoryOptimizer):
     Example:
         >>> optimizer = DeltaMomentum(model.parameters(), lr=1e-3)  # doctest: +SKIP
     """
+
+    in_place: ClassVar[tuple[str, ...]] = ("memory",)
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class DeltaMomentum(MemoryOptimizer):
         return feature_map(grad, group["feature_map"])
 
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        rule = _rule(group, written.shape)
+        rule = rule_of(group, written.shape)
         short, long = rule.short_and_long()
         state["memory"], direction = two_sided_delta(
             state["memory"],
@@ -177,25 +179,31 @@ class DeltaMomentum(MemoryOptimizer):
         )
         return direction
 
-    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """The same step by kernels that write in place, where they can: they have no use for stacks."""
-        grads = [param.grad for param in params if param.grad is not None]  # all have one
-        states = [self.state[param] for param in params]
+    def write_in_place(
+        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> Tensor | None:
         memories = [state["memory"] for state in states]
-        plain = group["inner_lr"] == 0 or group["output"] == "adam"  # which needs what is written, beside what is read
+        plain = group["inner_lr"] == 0 or group["output"] == "adam"
+        if plain or not fusible((*grads, *memories), group["feature_map"], group["backend"]):
+            return None
+        return delta_momentum_read(
+            grads, memories, rule_of(group, matrix_shape(grads[0], group)), backend=group["backend"]
+        )
+
+    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Without an output map, kernels take the weights along, where they can."""
+        grads = [param.grad for param in params if param.grad is not None]  # all have one
+        memories = [self.state[param]["memory"] for param in params]
+        plain = group["inner_lr"] == 0 or group["output"] != "identity"
         if plain or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
             return
-        rule, backend = _rule(group, matrix_shape(params[0], group)), group["backend"]
-        if group["output"] == "identity":
-            lr, weight_decay = group["lr"], group["weight_decay"]
-            delta_momentum_step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay, backend=backend)
-        else:
-            direction = delta_momentum_read(grads, memories, rule, backend=backend)
-            descend(params, states, self.output(direction, direction, {}, group), group)
+        rule = rule_of(group, matrix_shape(params[0], group))
+        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        delta_momentum_step(params, grads, memories, rule, **rates, backend=group["backend"])
 
 
-def _rule(group: Mapping[str, Any], shape: Sequence[int]) -> DeltaRule:
+def rule_of(group: Mapping[str, Any], shape: Sequence[int]) -> DeltaRule:
     """Return what a group says of stacks or parameters of this shape."""
     stack, m, n = shape
     right, left = (group["inner_lr"] * (group["side"] in (side, "both")) for side in ("right", "left"))

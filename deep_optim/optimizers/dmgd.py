@@ -17,7 +17,7 @@ key answers its own unit vector (the target I of the NeurIPS text), and what mov
 part, which has their shape; the hidden part takes over what it can explain of the keys, and so decides what M forgets.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from torch.optim.optimizer import ParamsT
 
 from deep_optim.ops.backend import Backend
 from deep_optim.ops.deep_momentum import deep_momentum
+from deep_optim.ops.delta_momentum import delta_momentum_read, fusible
 from deep_optim.ops.feature_map import feature_map
 from deep_optim.ops.frobenius import frobenius_norm
 from deep_optim.ops.mlp_memory import MLPMemory
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer, capturing
-from .delta_momentum import check_read_and_steps, check_stable, read_out
+from .delta_momentum import check_read_and_steps, check_stable, read_out, rule_of
 from .matrices import has_memory, matrix_shape
 from .memory_report import MemoryReport, report
 from .output_map import OutputMap
@@ -96,6 +97,8 @@ class DMGD(MemoryOptimizer):
     Example:
         >>> optimizer = DMGD(model.parameters(), lr=1e-3)  # doctest: +SKIP
     """
+
+    in_place: ClassVar[tuple[str, ...]] = _NAMES
 
     def __init__(
         self,
@@ -191,6 +194,18 @@ class DMGD(MemoryOptimizer):
         state.update(zip(_NAMES, memory, strict=True))
         return direction
 
+    def write_in_place(
+        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> Tensor | None:
+        """Without hidden features the memory is `DeltaMomentum`'s."""
+        memories = [state["memory.linear"] for state in states]
+        plain = group["hidden_dim"] or group["inner_lr"] == 0 or group["output"] == "adam"
+        if plain or not fusible((*grads, *memories), "soft_rows", group["backend"]):
+            return None
+        linear = {"side": "both", "gram_norm": "eigenvalue", "feature_map": "soft_rows"}
+        rule = rule_of(group | linear, matrix_shape(grads[0], group))
+        return delta_momentum_read(grads, memories, rule, backend=group["backend"])
+
     @torch.no_grad()
     def memory_report(self) -> dict[str, MemoryReport]:
         """Return how well each memory answers for the gradient at hand, before and after the step it would make.
@@ -221,7 +236,7 @@ class DMGD(MemoryOptimizer):
         grad = whole(param.grad).to(before.linear.dtype).reshape(shape)  # type: ignore[arg-type]
         ascent = -grad if group["maximize"] else grad
         written = self.features(ascent, state, group)
-        direction = self.output(self.update(written, state, group), written, state, group)
+        direction = self.output(self.update(written, state, group), written, state, group).to(grad.dtype)
         after = MLPMemory(*(state[name] for name in _NAMES))
         return report(before, after, written, ascent, direction, group["inner_lr"])
 

@@ -25,13 +25,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from deep_optim.ops.addresses import addressable
 from deep_optim.ops.frobenius import frobenius_norm
+from deep_optim.ops.mixed_descent import mixed_descent, mixed_squares
 from deep_optim.ops.newton_schulz import Coefficients
 
-from .base import MemoryOptimizer
+from .base import MemoryOptimizer, count_step
 from .matrices import has_memory, matrix_shape
+from .momentum import write_momentum
 from .output_map import orthogonalise, weight_seen
 from .sharding import local, on_whole
+from .stacks import as_matrices, matrices, stack, stacks, unstack
 from .validation import check_at_least, check_choice, check_count
 
 Mix = Literal["post", "pre"]
@@ -89,6 +93,7 @@ class M3(MemoryOptimizer):
     group_defaults: ClassVar[dict[str, Any]] = {**MemoryOptimizer.group_defaults, "output": "newton_schulz"}
     per_parameter: ClassVar[tuple[str, ...]] = (*MemoryOptimizer.per_parameter, "slow.memory")
     read_only: ClassVar[tuple[str, ...]] = ("slow.answer",)
+    in_place: ClassVar[tuple[str, ...]] = ("memory",)
 
     def __init__(
         self,
@@ -201,7 +206,10 @@ class M3(MemoryOptimizer):
         states = [state for state in states if on_device or not state["step"].item() % chunk_size]
         answers = memories = [state["slow.memory"] for state in states]
         if group["mix"] == "post":
-            answers = on_whole(memories, lambda memory: _answer(memory, group), self._loads)
+            if all(local(memory) is memory for memory in memories):
+                answers = _answers(memories, group)
+            else:
+                answers = on_whole(memories, lambda memory: _answers([memory], group)[0], self._loads)
         for state, answer in zip(states, answers, strict=True):
             memory = local(state["slow.memory"])
             first = (state["step"] % chunk_size == 0).to(memory.device)
@@ -211,6 +219,11 @@ class M3(MemoryOptimizer):
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)
         return self.read(written, state["memory"], group)
+
+    def write_in_place(
+        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> Tensor | None:
+        return None if group["second_moment"] == "gradient" else write_momentum(grads, states, group)
 
     def output(self, direction: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         mix = group["mix"] if "slow.answer" in state else None
@@ -228,19 +241,57 @@ class M3(MemoryOptimizer):
         return a / (1 + a)
 
     def _even_out(self, output: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """Divide by the root of the second moment, and keep the Frobenius norm.
-
-        To bring the update to a fixed norm instead would blow up those that are small for a reason: gradients of low
-        rank, or memories that disagree.
-        """
-        beta2 = group["beta2"]
         size = output.square().mean(-1, keepdim=True).sqrt() if group["second_moment"] == "row" else output
         seen = written if group["second_moment"] == "gradient" else size  # [B, m, 1] or [B, m, n]
-        state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(seen, seen, value=1 - beta2)
-        second = state["exp_avg_sq"] / weight_seen(beta2, state["step"].to(output))
-        weight = 1 / (second.sqrt() + group["eps"]).clamp(min=torch.finfo(output.dtype).tiny)
-        return output.mul_(weight * (frobenius_norm(size) / frobenius_norm(weight * size)))
+        step = state["step"].to(output)
+        state["exp_avg_sq"], weight = _weights(size, seen, state["exp_avg_sq"], step, group)
+        return output.mul_(weight)
+
+    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """The same for the default `mix` and `second_moment`, by kernels where they can: no update is in memory."""
+        states = [self.state[param] for param in params]
+        slow = [state["slow.answer"] for state in states if "slow.answer" in state]
+        default = bool(slow) and group["mix"] == "post" and group["second_moment"] == "row"
+        grads = [param.grad for param in params if param.grad is not None]  # all have one
+        memories = [state["memory"] for state in states]
+        if not default or not addressable((*params, *grads, *memories, *slow), "auto"):
+            super()._step_stack(group, params)
+            return
+        count_step(states)
+        direction = write_momentum(grads, states, group)
+        assert direction is not None  # all are addressable
+        fast = orthogonalise(direction, group, cast=False)  # [B, m, n]
+        steps = [as_matrices(state["step"], grads[0], matrix_shape(grads[0], group)) for state in states]
+        step = stack(steps).to(direction)
+        share = self._slow_share(step, group)
+        size = (mixed_squares(fast, slow, share) / fast.shape[-1]).sqrt()  # [B, m, 1]
+        moments = [state["exp_avg_sq"] for state in states]
+        second, weight = _weights(size, size, stack(moments), step, group)
+        unstack(moments, second)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        mixed_descent(params, fast, slow, share, weight, lr=lr, weight_decay=weight_decay)
 
 
-def _answer(memory: Tensor, group: dict[str, Any]) -> Tensor:
-    return orthogonalise(memory.reshape(matrix_shape(memory, group)), group).reshape(memory.shape)
+def _weights(
+    size: Tensor, seen: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:  # [B, m, 1] or [B, m, n]
+    """Return V and 1 / (√V̂ + ε), scaled so that the Frobenius norm stays.
+
+    To bring the update to a fixed norm instead would blow up those that are small for a reason: gradients of low rank,
+    or memories that disagree.
+    """
+    beta2 = group["beta2"]
+    second = (beta2 * second).addcmul_(seen, seen, value=1 - beta2)
+    root = (second / weight_seen(beta2, step)).sqrt()
+    weight = 1 / (root + group["eps"]).clamp(min=torch.finfo(size.dtype).tiny)
+    return second, weight * (frobenius_norm(size) / frobenius_norm(weight * size))
+
+
+def _answers(memories: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Return σ of each slow memory; equal shapes are stacked."""
+    answers: dict[int, Tensor] = {}
+    for members in stacks(memories):
+        stacked = matrices(members, matrix_shape(members[0], group), members[0].dtype)
+        blocks = orthogonalise(stacked, group).chunk(len(members))
+        answers |= {id(member): block.reshape(member.shape) for member, block in zip(members, blocks, strict=True)}
+    return [answers[id(memory)] for memory in memories]

@@ -12,16 +12,20 @@ Nested Learning, arXiv:2512.24695, Eq. 33-34 (the memory), 51 (φ), 52 (σ). The
 adds M to the weights; here M is torch's buffer and the sign is torch's.
 """
 
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from deep_optim.ops.addresses import addressable
 from deep_optim.ops.feature_map import FeatureMap, feature_map
+from deep_optim.ops.momentum import momentum_read
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer
+from .matrices import matrix_shape
 from .output_map import OutputMap
 from .validation import check_choice
 
@@ -62,6 +66,8 @@ class Momentum(MemoryOptimizer):
     Example:
         >>> optimizer = Momentum(model.parameters(), lr=1e-3)  # doctest: +SKIP
     """
+
+    in_place: ClassVar[tuple[str, ...]] = ("memory",)
 
     def __init__(
         self,
@@ -120,3 +126,20 @@ class Momentum(MemoryOptimizer):
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)
         return self.read(written, state["memory"], group)
+
+    def write_in_place(
+        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> Tensor | None:
+        if group["feature_map"] != "identity" or group["output"] == "adam":
+            return None
+        return write_momentum(grads, states, group)
+
+
+def write_momentum(grads: list[Tensor], states: list[dict[str, Tensor]], group: Mapping[str, Any]) -> Tensor | None:
+    """Write the gradients themselves into "memory" and read it [B, m, n], by a kernel if it can: else None."""
+    memories = [state["memory"] for state in states]
+    if not addressable((*grads, *memories), "auto"):
+        return None
+    split, m, n = matrix_shape(grads[0], group)
+    options = {"nesterov": group["nesterov"], "maximize": group["maximize"]}
+    return momentum_read(grads, memories, decay=group["momentum"], **options).reshape(split * len(grads), m, n)

@@ -36,9 +36,9 @@ def apply_output(
     state: dict[str, Tensor],
     group: Mapping[str, Any],
 ) -> Tensor:  # [B, m, n]
-    """Return σ(`direction`); "adam" takes `written` into its second moment first."""
+    """Return σ(`direction`), in what it is computed in; "adam" takes `written` into its second moment first."""
     if group["output"] == "newton_schulz":
-        return orthogonalise(direction, group)
+        return orthogonalise(direction, group, cast=False)  # the weights are stepped in full precision anyway
     if group["output"] == "adam":
         momentum, (_, beta2) = group["momentum"], group["adamw_betas"]
         state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(written, written, value=1 - beta2)
@@ -50,10 +50,11 @@ def apply_output(
     return direction
 
 
-def orthogonalise(matrix: Tensor, group: Mapping[str, Any]) -> Tensor:  # [B, m, n] -> [B, m, n]
-    """Return 0.2 √max(m, n) · NS(`matrix`)."""
+def orthogonalise(matrix: Tensor, group: Mapping[str, Any], *, cast: bool = True) -> Tensor:  # [B, m, n] -> [B, m, n]
+    """Return 0.2 √max(m, n) · NS(`matrix`), in the dtype of the matrix or, without `cast`, in that of the products."""
     scale = _ADAMW_RMS * max(matrix.shape[-2:]) ** 0.5
-    return newton_schulz(matrix, steps=group["ns_steps"], coefficients=group["ns_coefficients"], scale=scale)
+    options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "scale": scale, "cast": cast}
+    return newton_schulz(matrix, **options)
 
 
 def weight_seen(beta: float, step: Tensor) -> Tensor:

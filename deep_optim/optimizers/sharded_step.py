@@ -44,7 +44,7 @@ def entry_by_entry(optimizer: "MemoryOptimizer", group: dict[str, Any], params: 
 
     def output(direction: Tensor) -> Tensor:
         matrix = direction.reshape(matrix_shape(direction, group))
-        return optimizer.output(matrix, matrix, {}, group).reshape(direction.shape)
+        return optimizer.output(matrix, matrix, {}, group).reshape(direction.shape).to(direction.dtype)
 
     return on_whole(directions, output, optimizer._loads)
 
@@ -78,7 +78,10 @@ def matrix_by_matrix(optimizer: "MemoryOptimizer", group: dict[str, Any], params
             direction = optimizer.direction(group, owners, weights, grads, states)
             blocks = direction.chunk(len(members))
             for number, state, grad, block in zip(members, states, grads, blocks, strict=True):
-                results[number] = [block.reshape(grad.shape), *(state[name] for name in written[number])]
+                results[number] = [
+                    block.reshape(grad.shape).to(exact_dtype(grad)),
+                    *(state[name] for name in written[number]),
+                ]
         return [results[number] for number in numbers]
 
     spread([job(number, param) for number, param in enumerate(params)], work, optimizer._loads)

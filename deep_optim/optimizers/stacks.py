@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .sharding import local, local_of, whole
 
-_STACK_NUMEL = 2**24  # 64 MB in float32: enough to fill a device, small beside a model
+_STACK_NUMEL = 2**25  # 128 MB in float32: enough to fill a device, small beside a model
 _CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporaries cost a page fault each time
 
 

@@ -1,0 +1,66 @@
+"""Tensors by their addresses: a kernel for a whole list of them, which are neither stacked nor copied.
+
+A table on the device holds where each matrix starts, as an integer that the kernel makes a pointer of.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .backend import HAS_TRITON, Backend, tl, triton, use_triton
+
+if HAS_TRITON:
+
+    @triton.jit
+    def matrix_at(table_ptr, index, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The float32 matrix at an address of the table."""
+        pointer = tl.load(table_ptr + index).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
+
+
+def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
+    """Return whether kernels may go by the addresses of these tensors.
+
+    Not under torch.compile, nor for subclasses such as DTensor or what is not contiguous.
+    """
+    if (backend == "auto" and tensors[0].is_cpu) or torch.compiler.is_compiling():
+        return False
+    plain = all(type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() for tensor in tensors)
+    return plain and use_triton(backend, *tensors)
+
+
+def addresses(tensors: Sequence[Tensor], split: int = 1) -> tuple[Tensor, bool]:
+    """Return where each of `split` blocks of each tensor lies, and whether all are aligned to 16 bytes."""
+    block = tensors[0].numel() // split * tensors[0].element_size()
+    found = tuple(tensor.data_ptr() + i * block for tensor in tensors for i in range(split))
+    aligned = all(address % 16 == 0 for address in found)
+    device = tensors[0].device
+    if device.type != "cuda":
+        return _table(found, device), aligned
+    if torch.cuda.is_current_stream_capturing():  # the table is the graph's own: made, and lost, with it
+        return _table(found, device), aligned
+    return _kept_table(found, device, torch.cuda.current_stream(device).cuda_stream), aligned
+
+
+def on_device(number: float | Tensor) -> float | Tensor:
+    """Return a number, or a tensor of the device; one on the host is read there, which waits for nothing."""
+    return number.item() if isinstance(number, Tensor) and not number.is_cuda else number
+
+
+def _table(found: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the addresses as a tensor; they reach the device as arguments of a kernel, for which nothing waits."""
+    table = torch.zeros(len(found), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), found)
+    return table
+
+
+# Gradients come back at the same few places; a table is right for as long as its key is, whatever lies there. The
+# stream is a part of the key: on another one nothing says that the table is written before it is read.
+@lru_cache(maxsize=256)
+def _kept_table(found: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _table(found, device)

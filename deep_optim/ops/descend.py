@@ -1,0 +1,105 @@
+"""The last step of an optimizer, on many parameters: the weights descend.
+
+    W ← (1 − lr · weight_decay) · W − lr · D
+
+From Triton one launch for all parameters of one size, and 12 bytes per parameter (10 for D in half precision): W and D
+are read, W written. torch makes two passes over W.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .addresses import addressable, addresses, on_device
+from .backend import HAS_TRITON, Backend, on_device_of, tl, triton
+
+_BLOCK = {"BLOCK": 2048, "num_warps": 8}
+_DIRECTIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def descend(
+    params: Sequence[Tensor],  # W
+    direction: Tensor,  # D of all of them, one after the other
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    backend: Backend = "auto",
+) -> None:
+    """Write `params`, all of one size; see the module docstring.
+
+    Args:
+        params: the weights.
+        direction: as many numbers as they have, in their order.
+        lr: step size; from a tensor on the device it is read there.
+        weight_decay: decoupled, multiplied by `lr`.
+        backend: "auto", "reference" or "triton". "auto" takes Triton where all is `addressable`.
+
+    Raises:
+        RuntimeError: for "triton" where not all is.
+    """
+    plain = type(direction) is Tensor and direction.is_contiguous() and direction.dtype in _DIRECTIONS
+    if plain and addressable(params, backend):
+        _descend_triton(params, direction, on_device(lr), weight_decay)
+    elif backend == "triton":
+        raise RuntimeError("backend='triton' needs plain, contiguous tensors, and no directions in float64")
+    else:
+        directions = [d.reshape(p.shape) for d, p in zip(direction.chunk(len(params)), params, strict=True)]
+        descend_reference(params, directions, lr, weight_decay)
+
+
+def descend_reference(
+    params: Sequence[Tensor], directions: Sequence[Tensor], lr: float | Tensor, weight_decay: float
+) -> None:
+    """The equation as written, for parameters of any sizes; the ground truth that the other path is tested against."""
+    masters, step = list(params), -1.0
+    directions = [direction.to(master.dtype) for direction, master in zip(directions, masters, strict=True)]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())
+        directions = list(torch._foreach_mul(directions, lr))
+    else:
+        step = -lr
+    if weight_decay != 0:
+        torch._foreach_mul_(masters, 1 - lr * weight_decay)
+    torch._foreach_add_(masters, directions, alpha=step)
+
+
+if HAS_TRITON:
+    from .addresses import matrix_at
+
+    @triton.jit
+    def _descend_kernel(  # type: ignore[no-untyped-def]
+        table_ptr, direction_ptr, lr, size, weight_decay,
+        LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCK entries of one parameter. Rounded where torch rounds: compiled without fusing products and sums."""
+        tiles = tl.cdiv(size, BLOCK)
+        program = tl.program_id(0).to(tl.int64)  # int64: stack · size is large
+        batch = program // tiles
+        at = program % tiles * BLOCK + tl.arange(0, BLOCK)
+        mask = at < size
+        if LR_ON_DEVICE:
+            lr = tl.load(lr).to(tl.float32)
+            kept = 1 - lr * weight_decay
+        else:
+            kept = weight_decay  # made of both by the host, in float64
+        direction = tl.load(direction_ptr + batch * size + at, mask=mask, other=0.0).to(tl.float32)
+        param_ptr = matrix_at(table_ptr, batch, ALIGNED)
+        param = kept * tl.load(param_ptr + at, mask=mask, other=0.0)
+        if LR_ON_DEVICE:
+            param = param - lr * direction
+        else:
+            param = tl.fma(direction, tl.full((BLOCK,), -lr, tl.float32), param)
+        tl.store(param_ptr + at, param, mask=mask)
+
+
+def _descend_triton(params: Sequence[Tensor], direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    size, on_device = params[0].numel(), isinstance(lr, Tensor)
+    table, aligned = addresses(params)
+    kept = weight_decay if on_device else 1 - lr * weight_decay
+    with on_device_of(direction):
+        _descend_kernel[(len(params) * triton.cdiv(size, _BLOCK["BLOCK"]),)](
+            table, direction, lr, size, kept, LR_ON_DEVICE=on_device, ALIGNED=aligned,
+            **_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(list(params))  # which kernels do not do

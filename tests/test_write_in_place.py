@@ -1,0 +1,62 @@
+"""Optimizers by kernels that go by addresses, against the same optimizers in plain torch, on stacks."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from cases import CASES, Case
+from deep_optim.ops import addresses, delta_momentum, descend, mixed_descent, momentum
+from deep_optim.ops.backend import HAS_TRITON
+from deep_optim.optimizers import m3
+from deep_optim.optimizers import momentum as momentum_optimizer
+from problem import copy_params, gradient, make_params
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+ASKING = (delta_momentum, descend, mixed_descent, momentum, m3, momentum_optimizer)  # modules that ask `addressable`
+OURS = [case for case in CASES if not case.control and case.group.get("rule") != "adamw"]
+
+
+def by_kernels(monkeypatch, wanted):
+    """Have "auto" take the kernels wherever they can run, in the interpreter too, or nowhere; count what was taken."""
+    taken = []
+
+    def addressable(tensors, backend):
+        if not wanted:
+            return False
+        try:
+            fits = addresses.addressable(tensors, "triton")
+        except RuntimeError:
+            fits = False
+        taken.append(fits)
+        return fits
+
+    for module in ASKING:
+        monkeypatch.setattr(module, "addressable", addressable)
+    return taken
+
+
+def train(case, params, steps=4):
+    optimizer = case.make(params)
+    for step in range(steps):
+        for index, param in enumerate(params):
+            param.grad = gradient(param, step, index).to(param.device)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("case", OURS, ids=lambda case: case.id)
+def test_both_take_the_same_steps(case: Case, triton_device, monkeypatch):
+    """Weights and state, after steps enough for a chunk and its warm-up."""
+    start = [Parameter(param.detach().to(triton_device)) for param in make_params(((6, 4), (4, 6), (6, 4), (3, 5, 2)))]
+    ours, plain = copy_params(start), copy_params(start)
+    taken = by_kernels(monkeypatch, True)
+    first = train(case, ours)
+    assert any(taken)
+    by_kernels(monkeypatch, False)
+    second = train(case, plain)
+    tolerance = 2e-2 if triton_device == "cuda" else 1e-4  # products in half precision, or in float32
+    for our, other, begin in zip(ours, plain, start, strict=True):
+        assert (our - other).norm() <= tolerance * (other - begin).norm()
+        for name, value in first.state[our].items():
+            torch.testing.assert_close(value, second.state[other][name], rtol=tolerance, atol=tolerance, msg=name)
