@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .measure import command, machine, paired_rounds, summarize, versions
-from .optimizers import OPTIMIZERS, TUNED, Setting, available, build
+from .measure import command, machine, paired_rounds, summarize, versions, waiting
+from .optimizers import OPTIMIZERS, TUNED, Setting, available, build, search_space
 from .plots import draw_convergence
 from .report import edges, print_report, summarize_runs
 from .tasks import TASKS, Task, make_task
@@ -31,7 +31,11 @@ TUNING_SEED = 0
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(task="text", steps=250, seeds=[1, 2], optimizers="adamw,muon,dmgd", tune=False, rounds=5),
     "full": dict(task="text", tune_steps=300),
-}
+    "gpu": dict(
+        task="gpt", tune_steps=384, optimizers="adamw,muon,momentum,delta_momentum,dmgd_linear",
+        eval_every=48, rounds=6, workers=3, wall=False,
+    ),
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -60,10 +64,12 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line over preset over the task's own defaults."""
     parser = argparse.ArgumentParser("python -m benchmarks convergence", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, help="demo: minutes, no tuning; full: text, every optimizer")
+    parser.add_argument("--preset", choices=PRESETS, help="demo: minutes, untuned; full: text, everyone; gpu: gpt")
     parser.add_argument("--task", choices=TASKS, default="text")
-    parser.add_argument("--corpus", choices=["stdlib", "imdb", "newsgroups", "shakespeare"], help="text: what to read")
-    parser.add_argument("--data", help="text: a file of your own")
+    corpora = ["stdlib", "imdb", "newsgroups", "shakespeare"]
+    parser.add_argument("--corpus", choices=corpora, help="text, gpt: what to read")
+    parser.add_argument("--data", help="text, gpt: a file of your own")
+    parser.add_argument("--device", help="gpt: cuda, its default, or cpu; the other tasks run on the cpu alone")
     kinds = ["gpt", "transformer", "hope_attention", "hope", "vit", "resnet"]
     parser.add_argument("--model", choices=kinds, help="what to train; the last two for vision, the others for text")
     parser.add_argument("--images", choices=["digits", "fashion"], help="vision: what to look at")
@@ -87,7 +93,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if unknown := [name for name in wanted if name not in OPTIMIZERS]:
         parser.error(f"no optimizer named {unknown[0]!r}; there are: {', '.join(OPTIMIZERS)}")
     args.optimizers = [name for name in OPTIMIZERS if name in wanted]  # the table's order: baselines first
-    keys = {"text": ("corpus", "data", "model"), "vision": ("model", "images"), "regression": ()}[args.task]
+    if args.task != "gpt" and args.device not in (None, "cpu"):
+        parser.error(f"{args.task} runs on the cpu alone; --task gpt runs on {args.device}")
+    if args.task == "gpt" and (blind := [name for name in args.optimizers if OPTIMIZERS[name].inputs]):
+        parser.error(f"{blind[0]} looks at layer inputs, which a compiled model does not show; see --optimizers")
+    keys = {
+        "text": ("corpus", "data", "model"), "vision": ("model", "images"), "regression": (),
+        "gpt": ("corpus", "data", "device"),
+    }[args.task]  # fmt: skip
     args.options = {key: getattr(args, key) for key in keys if getattr(args, key)}
     if not args.output:
         words = ["convergence", preset or args.task, *(Path(word).stem for word in args.options.values())]
@@ -101,7 +114,7 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
     steps, names = args.steps or task.steps, args.optimizers
     tune_steps = args.tune_steps or steps
     if args.tune:
-        guesses = {name: OPTIMIZERS[name].trials(task.name)[4] for name in names}
+        guesses = {name: middle(name, task) for name in names}
     else:
         guesses = {name: tuned(name, task) for name in names}
     results.document |= {
@@ -112,7 +125,10 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
             "weight_decay": task.weight_decay, "aux_lr": task.aux_lr,
         },
         "search_spaces": {
-            name: {"lr": OPTIMIZERS[name].lrs(task.name), OPTIMIZERS[name].second: list(OPTIMIZERS[name].seconds)}
+            name: {
+                "lr": sorted({at.lr for at in search_space(name, task.name)}),
+                OPTIMIZERS[name].second: sorted({at.second for at in search_space(name, task.name)}),
+            }
             for name in names
         },
         "machine": machine(), "versions": versions(),
@@ -127,7 +143,7 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
         options = tuple(sorted(args.options.items()))
         return Trial(args.task, options, name, at.lr, at.second, seed, length, min(args.eval_every, length))
 
-    searches = {name: OPTIMIZERS[name].trials(task.name) if args.tune else [] for name in names}
+    searches = {name: search_space(name, task.name) if args.tune else [] for name in names}
     reference = args.reference if args.reference in names else max(names, key=lambda name: step_time[name]["ms"])
     lengths = {name: max(1, round(steps * step_time[reference]["ms"] / step_time[name]["ms"])) for name in names}
     total = tune_steps * sum(map(len, searches.values())) + len(args.seeds) * steps * len(names)
@@ -157,6 +173,12 @@ def best_of(search: list[Setting], name: str, tuning: list[Trial], results: Resu
     return min(search, key=lambda at: float("inf") if losses[at] is None else losses[at])
 
 
+def middle(name: str, task: Task) -> Setting:
+    """A point to time an optimizer at: the second learning rate, and of three second values the middle one."""
+    space = search_space(name, task.name)
+    return space[len(space) // 3]
+
+
 def tuned(name: str, task: Task) -> Setting:
     """The committed best setting."""
     try:
@@ -167,7 +189,7 @@ def tuned(name: str, task: Task) -> Setting:
 
 def step_times(task: Task, settings: dict[str, Setting], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of one whole training step per optimizer, and its ratio to AdamW's."""
-    adamw = settings.get("adamw", OPTIMIZERS["adamw"].trials(task.name)[4])
+    adamw = settings.get("adamw", middle("adamw", task))
     arms = {name: training_arm(task, name, at) for name, at in ({"adamw": adamw} | settings).items()}
     arms[AGAIN] = training_arm(task, "adamw", adamw)
     summary = summarize(paired_rounds(arms, rounds=rounds, warmup=1), reference="adamw")
@@ -187,4 +209,4 @@ def training_arm(task: Task, name: str, setting: Setting) -> Callable[[], None]:
         for batch in batches:
             train_step(task, model, optimizers, batch)
 
-    return arm
+    return waiting(arm, next(model.parameters()).device.type)

@@ -1,10 +1,10 @@
 """The one table of optimizers and of their search spaces, baselines first.
 
 Every optimizer gets the same number of trials: four learning rates, a factor 2 apart, times three values of one more
-hyper-parameter. Matrix optimizers (`muon` and ours) share the rest: `deep_optim.param_groups` decides which parameters
-are hidden matrices, and embeddings, head, norms and biases get AdamW at the task's fixed `aux_lr`. Every learning
-rate, the fixed one too, follows the same relative schedule; only schedule-free AdamW brings its own. Weight decay is
-the task's, the same for all but SGD, which has none.
+hyper-parameter, or one where runs are dear (`SECOND_FROM`). Matrix optimizers (`muon` and ours) share the rest:
+`deep_optim.param_groups` decides which parameters are hidden matrices, and embeddings, head, norms and biases get AdamW
+at the task's fixed `aux_lr`. Every learning rate, the fixed one too, follows the same relative schedule; only
+schedule-free AdamW brings its own. Weight decay is the task's, the same for all but SGD, which has none.
 """
 
 from collections.abc import Callable, Mapping
@@ -126,9 +126,9 @@ def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-_ADAPTIVE = {"text": 1.5e-3, "vision-vit": 5e-4, "vision-resnet": 1e-3, "regression": 0.32}
-_MATRIX = {"text": 3e-3, "vision-vit": 1e-3, "vision-resnet": 2e-3, "regression": 8e-2}
-_GRADIENT = {"text": 5e-2, "vision-vit": 2e-2, "vision-resnet": 2e-2, "regression": 8.0}
+_ADAPTIVE = {"text": 1.5e-3, "vision-vit": 5e-4, "vision-resnet": 1e-3, "regression": 0.32, "gpt": 1e-3}
+_MATRIX = {"text": 3e-3, "vision-vit": 1e-3, "vision-resnet": 2e-3, "regression": 8e-2, "gpt": 2.5e-3}
+_GRADIENT = {"text": 5e-2, "vision-vit": 2e-2, "vision-resnet": 2e-2, "regression": 8.0, "gpt": 5e-2}
 
 OPTIMIZERS = {
     "adamw": Entry("AdamW", _adamw, _ADAPTIVE, "beta2", (0.9, 0.95, 0.99)),
@@ -188,6 +188,18 @@ TUNED = {
         "dgd": Setting(lr=1.2e-2, second=0.8),
     },
 }
+
+# Where twelve trials are too dear: four learning rates, at the second value that was best on another task.
+SECOND_FROM = {"gpt": "text"}
+
+
+def search_space(name: str, task: str) -> list[Setting]:
+    """The points that are tried on `task`: the same number for every optimizer."""
+    entry = OPTIMIZERS[name]
+    if task not in SECOND_FROM:
+        return entry.trials(task)
+    best = TUNED[SECOND_FROM[task]].get(name)
+    return [Setting(lr, best.second if best else entry.seconds[1]) for lr in entry.lrs(task)]
 
 
 def find(name: str) -> Entry:

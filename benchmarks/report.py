@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .optimizers import OPTIMIZERS, Setting
+from .optimizers import OPTIMIZERS, Setting, search_space
 from .training import Trial
 from .trials import Results
 
@@ -19,9 +19,12 @@ def edges(best: Mapping[str, Setting], task: str) -> list[str]:
     """A warning for every best value that has no searched value beyond it: the true best may lie outside."""
     warnings = []
     for name, at in best.items():
-        entry = OPTIMIZERS[name]
-        for label, value, grid in (("lr", at.lr, entry.lrs(task)), (entry.second, at.second, entry.seconds)):
-            if value in (min(grid), max(grid)):
+        space = search_space(name, task)
+        for label, value, grid in (
+            ("lr", at.lr, {point.lr for point in space}),
+            (OPTIMIZERS[name].second, at.second, {point.second for point in space}),
+        ):
+            if len(grid) > 1 and value in (min(grid), max(grid)):
                 warnings.append(f"{name}: the best {label}, {value:g}, is at the edge of its grid")
     return warnings
 

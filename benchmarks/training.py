@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .optimizers import Setting, build, find
@@ -53,31 +54,31 @@ cached_task = cache(lambda name, options: make_task(name, **dict(options)))
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    """Train once. A run that leaves the finite numbers ends there: {"diverged": True, "loss": None}."""
+    """Train once. {"diverged": True, "loss": None} where a loss was not finite, which ends the run at an evaluation."""
     task = cached_task(trial.task, trial.options)
     model = task.model(trial.seed)
     entry = find(trial.optimizer)
     warmup = min(WARMUP_STEPS, max(1, trial.steps // 10))
     optimizers = build(trial.optimizer, task, model, trial.setting, warmup=warmup)
+    total: Tensor | float = 0.0  # a sum is finite as long as all of its terms are; read where the device waits anyway
     curve: list[tuple[int, float]] = []
     scores: dict[str, float] = {}
     start = time.perf_counter()
     for step, batch in enumerate(task.batches(trial.seed, trial.steps), start=1):
         if entry.scheduled:
             scale_rates(optimizers, relative_rate(step, trial.steps, warmup))
-        loss = train_step(task, model, optimizers, batch)
+        total += train_step(task, model, optimizers, batch)
         if step % trial.eval_every == 0 or step == trial.steps:
             scores = _evaluate(task, model, optimizers)
+            if not math.isfinite(total + scores["loss"]):
+                return {"diverged": True, "loss": None, "curve": curve, "scores": {}, "stopped": step}
             curve.append((step, scores["loss"]))
-        if not math.isfinite(loss) or (curve and not math.isfinite(curve[-1][1])):
-            finite = [point for point in curve if math.isfinite(point[1])]
-            return {"diverged": True, "loss": None, "curve": finite, "scores": {}, "stopped": step}
     seconds = time.perf_counter() - start
     return {"diverged": False, "loss": curve[-1][1], "curve": curve, "scores": scores, "seconds": seconds}
 
 
-def train_step(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimizer], batch: Any) -> float:
-    """Forward, backward and step; the training loss."""
+def train_step(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimizer], batch: Any) -> Tensor:
+    """Forward, backward and step; the training loss. It does not wait for the device."""
     model.train()
     for optimizer in optimizers:
         set_mode(optimizer, "train")
@@ -86,7 +87,7 @@ def train_step(task: Task, model: torch.nn.Module, optimizers: Iterable[Optimize
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
-    return loss.item()
+    return loss.detach()
 
 
 def relative_rate(step: int, steps: int, warmup: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,14 +17,15 @@ from benchmarks import __main__ as command
 from benchmarks import dmgd, m3, toy
 from benchmarks.ablation import compare
 from benchmarks.measure import paired_rounds, summarize
-from benchmarks.optimizers import OPTIMIZERS, TUNED, VARIANTS, Setting, available, build, find
+from benchmarks.optimizers import OPTIMIZERS, TUNED, VARIANTS, Setting, available, build, find, search_space
 from benchmarks.report import edges, steps_to
-from benchmarks.tasks import corpus, make_task
+from benchmarks.tasks import corpus, gpt, make_task
 from benchmarks.tasks.regression import Regression
 from benchmarks.training import Trial, relative_rate, run_trial, train_step
 from benchmarks.variants import InputsToErrorsLinear, Plain
 
-TASK_NAMES = ("text", "vision-vit", "vision-resnet", "regression")
+TASK_NAMES = ("text", "vision-vit", "vision-resnet", "regression", "gpt")
+TINY = dict(device="cpu", width=16, depth=2, heads=2, context=8, batch=64)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def test_lists_what_there_is(capsys):
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_every_optimizer_has_the_same_budget(task):
-    assert {len(set(entry.trials(task))) for entry in OPTIMIZERS.values()} == {12}
+    assert {len(set(search_space(name, task))) for name in OPTIMIZERS} == {4 if task == "gpt" else 12}
     for entry in OPTIMIZERS.values():
         assert np.allclose(np.divide(entry.lrs(task)[1:], entry.lrs(task)[:-1]), 2)
 
@@ -136,6 +138,9 @@ def test_warns_at_the_edge_of_a_grid():
     assert edges({"adamw": inside}, "text") == []
     assert len(edges({"adamw": replace(inside, lr=low), "sgd": Setting(0.1, 0.9)}, "text")) == 1
     assert "edge" in edges({"adamw": replace(inside, lr=high)}, "text")[0]
+    low, inside, _, high = search_space("momentum", "gpt")  # one second value, which was the best on text
+    assert inside.second == TUNED["text"]["momentum"].second
+    assert edges({"momentum": inside}, "gpt") == [] and len(edges({"momentum": low}, "gpt")) == 1
 
 
 def test_schedule_warms_up_and_decays():
@@ -178,6 +183,68 @@ def test_text_validation_is_fixed_and_held_out(tmp_path):
     assert task.evaluate(task.model(0))["loss"] == pytest.approx(np.log(256), rel=1e-5)
     train, validation = corpus.read_text()
     assert len(train) > 5 * len(validation) > 100_000
+
+
+def test_gpt_is_compiled_once_for_all_models_of_a_process(tmp_path, monkeypatch):
+    """A second model with another optimizer runs the same graph, whatever mode it was in between steps."""
+    graphs = []
+    monkeypatch.setattr(
+        gpt, "next_byte_loss", torch.compile(gpt.next_byte_loss, backend=lambda graph, _: graphs.append(graph) or graph)
+    )
+    task = make_task("gpt", data=_some_text(tmp_path), **TINY)
+    for seed, name in enumerate(("adamw", "momentum")):
+        model = task.model(seed)
+        optimizers = build(name, task, model, Setting(1e-2, 0.9), warmup=1)
+        for batch in task.batches(seed, 2):
+            train_step(task, model, optimizers, batch)
+            model.eval()
+    assert len(graphs) == 1
+
+
+def test_gpt_validation_is_the_mean_over_held_out_windows(tmp_path):
+    task = make_task("gpt", data=_some_text(tmp_path), **TINY | {"batch": 300})  # 1,024 windows in unequal chunks
+    model = task.model(0)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        whole = task.loss(model, task.validation).item()
+    assert task.evaluate(model)["loss"] == pytest.approx(whole, rel=1e-4)
+    first, again, other = (next(task.batches(seed, 1))[0] for seed in (1, 1, 2))
+    assert first.shape == (300, 8) and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_gpt_is_compared_end_to_end_and_goes_on_with_one_more_optimizer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpt, "GPT", partial(gpt.GPT, **TINY))
+    file = tmp_path / "result.json"
+    arguments = ["convergence", "--preset", "gpu", "--device", "cpu", "--data", _some_text(tmp_path), "--seeds", "1,2"]
+    arguments += ["--steps", "4", "--tune-steps", "2", "--rounds", "2", "--workers", "1", "--output", str(file)]
+    assert command.main([*arguments, "--optimizers", "adamw"]) == 0
+    capsys.readouterr()
+    assert command.main([*arguments, "--optimizers", "adamw,muon", "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("tune: muon") == 4 and "tune: adamw" not in printed
+    document = json.loads(file.read_text())
+    assert [record["trial"]["steps"] for record in document["trials"]] == 2 * ([2] * 4 + [4] * 2)
+    assert document["config"]["device"] == "cpu" and not document["equal_wall"]
+    assert document["search_spaces"]["muon"] == {"lr": OPTIMIZERS["muon"].lrs("gpt"), "momentum": [0.8]}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--task", "text", "--device", "cuda"], "text runs on the cpu alone"),
+        (["--task", "gpt", "--optimizers", "dgd"], "dgd looks at layer inputs"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["convergence", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def _some_text(folder):
+    file = folder / "text"
+    file.write_bytes(bytes(range(200)) * 50)
+    return str(file)
 
 
 def test_toy_search_runs_the_package_rule():

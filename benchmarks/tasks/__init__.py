@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-TASKS = ("text", "vision", "regression")
+TASKS = ("text", "vision", "regression", "gpt")
 
 
 class Task(Protocol):
@@ -40,4 +40,8 @@ def make_task(name: str, **options: Any) -> Task:
         from .regression import Regression
 
         return Regression(**options)
+    if name == "gpt":
+        from .gpt import GPT
+
+        return GPT(**options)
     raise ValueError(f"no task named {name!r}; there are: {', '.join(TASKS)}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import Batch
 from .corpus import read_fashion, read_text
-from .text import CONTEXT, ByteGPT
+from .text import CONTEXT, ByteGPT, windows
 from .vision import read_digits
 
 SEQUENCES = ("orthogonal", "permuted", "split", "text")
@@ -223,7 +223,7 @@ class Domains:
         self.tasks = len(self.domains)
         texts = [read_text(data=name) if "." in name or "/" in name else read_text(name) for name in self.domains]
         self.train, held_out = ([_bytes(text) for text in part] for part in zip(*texts, strict=True))
-        self.test = [_windows(text, torch.linspace(0, len(text) - CONTEXT - 1, 128).long()) for text in held_out]
+        self.test = [windows(text, torch.linspace(0, len(text) - CONTEXT - 1, 128).long()) for text in held_out]
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -232,7 +232,7 @@ class Domains:
     def batches(self, seed: int, task: int, steps: int, batch: int | None = None) -> Iterator[Batch]:
         rng, text = _generator(seed, task), self.train[task]
         for _ in range(steps):
-            yield _windows(text, torch.randint(len(text) - CONTEXT, (batch or self.batch,), generator=rng))
+            yield windows(text, torch.randint(len(text) - CONTEXT, (batch or self.batch,), generator=rng))
 
     def loss(self, model: nn.Module, batch: Batch, task: int) -> Tensor:
         tokens, targets = batch
@@ -252,8 +252,3 @@ class Domains:
 
 def _bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-def _windows(text: Tensor, starts: Tensor) -> Batch:
-    window = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()  # [B, T + 1]
-    return window[:, :-1], window[:, 1:]

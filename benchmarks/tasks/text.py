@@ -46,10 +46,10 @@ class Block(nn.Module):
 class ByteGPT(nn.Module):
     """A GPT over bytes; the head starts at zero, so the first loss is exactly log 256."""
 
-    def __init__(self, width: int = 128, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 128, depth: int = 3, heads: int = 4, context: int = CONTEXT) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
-        self.position = nn.Embedding(CONTEXT, width)
+        self.position = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
@@ -148,5 +148,11 @@ class Text:
 
     @staticmethod
     def _windows(text: Tensor, starts: Tensor, alphabet: Tensor) -> Batch:
-        window = alphabet[text[starts[:, None] + torch.arange(CONTEXT + 1)].long()]  # [B, T + 1]
-        return window[:, :-1], window[:, 1:]
+        tokens, targets = windows(text, starts)
+        return alphabet[tokens], alphabet[targets]
+
+
+def windows(text: Tensor, starts: Tensor, context: int = CONTEXT) -> Batch:
+    """The bytes from each start on, and for each of them the next one."""
+    window = text[starts[:, None] + torch.arange(context + 1, device=text.device)].long()  # [B, T + 1]
+    return window[:, :-1], window[:, 1:]
