@@ -25,7 +25,7 @@ from benchmarks.training import Trial, relative_rate, run_trial, train_step
 from benchmarks.variants import InputsToErrorsLinear, Plain
 
 TASK_NAMES = ("text", "vision-vit", "vision-resnet", "regression", "gpt")
-TINY = dict(device="cpu", width=16, depth=2, heads=2, context=8, batch=64)
+TINY = dict(device="cpu", width=16, depth=1, heads=2, context=8, batch=8)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +214,7 @@ def test_gpt_validation_is_the_mean_over_held_out_windows(tmp_path):
 
 def test_gpt_is_compared_end_to_end_and_goes_on_with_one_more_optimizer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpt, "GPT", partial(gpt.GPT, **TINY))
+    monkeypatch.setattr(gpt, "VALIDATION_WINDOWS", 16)
     file = tmp_path / "result.json"
     arguments = ["convergence", "--preset", "gpu", "--device", "cpu", "--data", _some_text(tmp_path), "--seeds", "1,2"]
     arguments += ["--steps", "4", "--tune-steps", "2", "--rounds", "2", "--workers", "1", "--output", str(file)]
