@@ -88,4 +88,5 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "rebinding": lambda: Recall(keys=8, values=16, pairs=24, more=48, distinct=False),
     "mqar": lambda: Recall(keys=64, values=16, pairs=16, more=32, distinct=True),
     "needle": Needle,
+    "short needle": lambda: Needle(longest=128),  # for a CPU
 }
