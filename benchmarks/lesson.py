@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .problems import IGNORE, Problem, make_problem, score
-from .sequence_models import MODELS
+from .sequence_models import EVERY
 from .training import relative_rate
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
@@ -47,7 +47,7 @@ class Lesson:
         """Train with AdamW, then test on strings of all sizes that the problem is tested at."""
         problem = make_problem(self.problem)
         torch.manual_seed(self.seed)
-        model = MODELS[self.model](problem.vocab_size, self.dim, self.num_layers).to(self.device)
+        model = EVERY[self.model](problem.vocab_size, self.dim, self.num_layers).to(self.device)
         parameters = sum(param.numel() for param in model.parameters())
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
         rng = torch.Generator().manual_seed(self.seed)

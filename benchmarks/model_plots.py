@@ -32,7 +32,7 @@ def draw_models(document: Mapping[str, Any], path: Path) -> Path:
             for axis, test in zip(line, tests, strict=False):
                 for row, (model, numbers) in enumerate(rows.items()):
                     scores = numbers["scores"][test]
-                    axis.barh(row, statistics.mean(scores), color=_COLORS[model], alpha=0.85)
+                    axis.barh(row, statistics.mean(scores), color=_COLORS.get(model, _COLORS["hope"]), alpha=0.85)
                     axis.plot(scores, [row] * len(scores), "o", color="black", markersize=2.5)
                 axis.set(title=f"{problem}: {test}", xlim=(0, 1.02))
                 axis.set_yticks(range(len(rows)), list(rows) if axis is line[0] else [""] * len(rows))

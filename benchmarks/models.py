@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .hope_variants import VARIANTS
 from .lesson import Lesson
 from .measure import command, machine, versions
 from .model_plots import draw_models
 from .problems import languages, mad, make_problem, recall
-from .sequence_models import MODELS
+from .sequence_models import EVERY, MODELS
 from .trials import Meter, Results, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +61,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     every = [name for names in SUITES.values() for name in names]
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: an hour or two on two cores")
     parser.add_argument("--task", default="languages", help=f"comma-separated: {', '.join([*SUITES, *every])}")
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; default: all")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help="comma-separated, or: ablation; default: all but these"
+    )
     parser.add_argument("--dim", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int)
@@ -75,8 +78,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
     args = parser.parse_args(arguments)
     args.problems = [name for word in args.task.split(",") for name in SUITES.get(word, (word,))]
-    args.models = args.models.split(",")
-    for wanted, known in ((args.problems, every), (args.models, MODELS)):
+    args.models = [name for word in args.models.split(",") for name in (VARIANTS if word == "ablation" else (word,))]
+    for wanted, known in ((args.problems, every), (args.models, EVERY)):
         if unknown := [name for name in wanted if name not in known]:
             parser.error(f"nothing named {unknown[0]!r}; there are: {', '.join(known)}")
     if not args.output:
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
         run_trials("score", chain.from_iterable(scoring.values()), results, meter, args.workers)
     for problem in args.problems:
         problems[problem] = problems.get(problem, {}) | {
-            model: _summary(scoring[problem, model], results) for model in MODELS if model in args.models
+            model: _summary(scoring[problem, model], results) for model in EVERY if model in args.models
         }
 
 

@@ -16,6 +16,8 @@ from deep_optim.models import ContinuumMemory, Hope, HopeAttention, SelfModifyin
 from deep_optim.models.language_model import Block, LanguageModel
 from deep_optim.ops.gated_delta_rule import gated_delta_rule
 
+from .hope_variants import VARIANTS, Build
+
 CONV = 4
 
 
@@ -79,8 +81,6 @@ def mixed(vocab_size: int, dim: int, num_layers: int, mixer: Callable[[], nn.Mod
     )
 
 
-Build = Callable[[int, int, int], nn.Module]  # vocab_size, dim, num_layers
-
 MODELS: dict[str, Build] = {
     "transformer": lambda v, d, n: Transformer(v, d, n, heads=4),
     "lstm": LSTM,
@@ -94,3 +94,5 @@ MODELS: dict[str, Build] = {
         v, d, n, heads=4, chunk_sizes=(16, 8), memory_chunk_size=16, projection_chunk_size=16
     ),
 }
+
+EVERY = MODELS | VARIANTS

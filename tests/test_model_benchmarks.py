@@ -13,15 +13,15 @@ from benchmarks import __main__ as command
 from benchmarks import throughput
 from benchmarks.lesson import Lesson, accuracy
 from benchmarks.problems import IGNORE, make_problem
-from benchmarks.sequence_models import MODELS, DeltaNet, LinearAttention
+from benchmarks.sequence_models import EVERY, DeltaNet, LinearAttention
 
 TINY = ["--steps", "3", "--dim", "16", "--layers", "1", "--batch", "4", "--lrs", "1e-3,2e-3", "--seeds", "1,2"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_models_are_causal_and_treat_samples_alone(name):
     torch.manual_seed(0)
-    model = MODELS[name](11, 16, 2).double().eval()
+    model = EVERY[name](11, 16, 2).double().eval()
     tokens = torch.randint(11, (3, 20), generator=torch.Generator().manual_seed(1))
     edited = tokens.clone()
     edited[:, 12:] = (edited[:, 12:] + 1) % 11
