@@ -17,6 +17,7 @@ BENCHMARKS = {
     "memory": "what a DMGD memory knows about the gradients, over a training run",
     "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
     "models": "what sequence models can learn of problems with a known answer",
+    "language": "next-byte prediction on real text by sequence models of equal size",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "scaling": "memory, communication and time of a step on 8 to 1,024 GPUs: predictions",
     "throughput": "tokens per second, activations and state of the sequence models",

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,30 +50,46 @@ class Lesson:
         torch.manual_seed(self.seed)
         model = EVERY[self.model](problem.vocab_size, self.dim, self.num_layers).to(self.device)
         parameters = sum(param.numel() for param in model.parameters())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
         rng = torch.Generator().manual_seed(self.seed)
-        losses: list[float] = []
         start = time.perf_counter()
-        for step in range(1, self.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * relative_rate(step, self.steps, min(100, self.steps // 10 + 1))
-            tokens, answers = (each.to(self.device) for each in problem.draw(rng, self.batch, *problem.train))
-            loss = F.cross_entropy(model(tokens)[0].flatten(0, 1), answers.flatten(), ignore_index=IGNORE)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                return {"diverged": True, "loss": None, "scores": {}, "parameters": parameters, "stopped": step}
+        losses = train(model, lambda: problem.draw(rng, self.batch, *problem.train), self.lr, self.steps)
+        if not math.isfinite(losses[-1]):
+            return {
+                "diverged": True, "loss": None, "scores": {}, "parameters": parameters, "stopped": len(losses)
+            }  # fmt: skip
         seconds = time.perf_counter() - start
-        piece = max(1, self.steps // CURVE)
-        curve = [(i + piece, sum(losses[i : i + piece]) / piece) for i in range(0, self.steps - piece + 1, piece)]
+        curve = thinned(losses)
         scores = {name: accuracy(model, problem, sizes, self.device) for name, sizes in problem.tests.items()}
         return {
             "diverged": False, "loss": curve[-1][1], "curve": curve, "scores": scores, "seconds": seconds,
             "parameters": parameters,
         }  # fmt: skip
+
+
+def train(model: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], lr: float, steps: int) -> list[float]:
+    """Train with AdamW on what is drawn, tokens [B, T] and answers [B, T]; the losses, up to the first that is none."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * relative_rate(step, steps, min(100, steps // 10 + 1))
+        tokens, answers = (each.to(device) for each in draw())
+        loss = F.cross_entropy(model(tokens)[0].flatten(0, 1), answers.flatten(), ignore_index=IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+    return losses
+
+
+def thinned(losses: list[float]) -> list[tuple[int, float]]:
+    """Means of `CURVE` equal parts, each under its last step."""
+    piece = max(1, len(losses) // CURVE)
+    return [(i + piece, sum(losses[i : i + piece]) / piece) for i in range(0, len(losses) - piece + 1, piece)]
 
 
 @torch.no_grad()

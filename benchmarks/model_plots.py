@@ -41,3 +41,27 @@ def draw_models(document: Mapping[str, Any], path: Path) -> Path:
         figure.savefig(path)
         plt.close(figure)
     return path
+
+
+def draw_language(document: Mapping[str, Any], path: Path) -> Path:
+    """Training loss against steps and against seconds, and the held-out loss against parameters."""
+    rows = [row for row in document["rows"] if row["curve"]]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
+        for row in rows:
+            color = _COLORS.get(row["model"])
+            steps, losses = zip(*row["curve"], strict=True)
+            label = f"{row['model']} ({row['dim']})"
+            (line,) = axes[0].plot(steps, losses, label=label, color=color, linewidth=1.4)
+            axes[1].plot([row["seconds"] * step / row["steps"] for step in steps], losses, color=line.get_color())
+            found = [loss for loss in row["loss"] if loss is not None]
+            axes[2].plot([row["parameters"]] * len(found), found, "o", color=line.get_color(), markersize=4)
+        axes[0].set(xlabel="steps", ylabel="nats per byte, in training")
+        axes[1].set(xlabel="seconds of training")
+        axes[2].set(xlabel="parameters", title="held-out documents, seeds are dots")
+        lowest = min(loss for row in rows for loss in row["loss"] if loss is not None)
+        axes[0].set_ylim(lowest - 0.1, lowest + 1.5)
+        figure.legend(loc="outside lower center", ncols=4)
+        figure.savefig(path)
+        plt.close(figure)
+    return path
