@@ -18,6 +18,7 @@ BENCHMARKS = {
     "forgetting": "what is left of earlier tasks, against how well each was learnt: a frontier over learning rates",
     "models": "what sequence models can learn of problems with a known answer",
     "language": "next-byte prediction on real text by sequence models of equal size",
+    "two_languages": "what is left of a first language after a second, by model",
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "scaling": "memory, communication and time of a step on 8 to 1,024 GPUs: predictions",
     "throughput": "tokens per second, activations and state of the sequence models",

@@ -1,6 +1,6 @@
 """What is left of earlier tasks, against how well each was learnt: a frontier over learning rates for every optimizer.
 
-1. A sequence of tasks (`--task`): orthogonal quadratics, permuted or split images, domains of text.
+1. A sequence of tasks (`--task`): orthogonal quadratics, permuted or split images, domains of text, languages.
 2. Every arm, over a grid of learning rates, with its state carried from task to task, and again with fresh state.
 3. Forgetting is compared at equal plasticity: against AdamW, and for slow groups against a lower learning rate.
 """
@@ -17,6 +17,7 @@ from rich.table import Table
 from .continual import ARMS, PERIOD, Course, available, cached_sequence
 from .frontier import MODES, draw_forgetting, summarize
 from .measure import command, machine, versions
+from .tasks.languages import MODELS
 from .tasks.sequences import SEQUENCES
 from .trials import Meter, Results, cores, run_trials
 
@@ -65,6 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", choices=SEQUENCES, default="permuted")
     parser.add_argument("--images", choices=["fashion", "digits"], help="permuted, split: what to look at")
     parser.add_argument("--domains", help="text: corpora or files, comma-separated, in order")
+    parser.add_argument("--model", choices=MODELS, help="languages: who learns them")
     parser.add_argument("--tasks", type=int, help="how many; default: the sequence's")
     parser.add_argument("--steps", type=int, help="of each task; default: the sequence's")
     parser.add_argument("--lrs", type=int, help="how many learning rates of each, lowest first; default: 4")
@@ -88,6 +90,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "permuted": ("images", "tasks"),
         "split": ("images", "tasks"),
         "text": ("domains",),
+        "languages": ("model", "tasks"),
     }
     args.options = {key: getattr(args, key) for key in keys[args.task] if getattr(args, key)}
     if not args.output:

@@ -1,4 +1,4 @@
-"""Sequences of tasks for one model: orthogonal quadratics, permuted or split images, domains of text.
+"""Sequences of tasks for one model: orthogonal quadratics, permuted or split images, domains of text, languages.
 
 Everything random comes from the seed of the run, but the sequence itself: which permutations, which subspaces and
 which order are the same for all seeds and optimizers. A model is never told that the task has changed, except where
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from . import Batch
 from .corpus import read_fashion, read_text
+from .languages import Languages
 from .text import CONTEXT, ByteGPT, windows
 from .vision import read_digits
 
-SEQUENCES = ("orthogonal", "permuted", "split", "text")
+SEQUENCES = ("orthogonal", "permuted", "split", "text", "languages")
 
 
 class Sequence(Protocol):
@@ -46,6 +47,8 @@ def make_sequence(name: str, **options: Any) -> Sequence:
         return Images(name, **options)
     if name == "text":
         return Domains(**options)
+    if name == "languages":
+        return Languages(**options)
     raise ValueError(f"no sequence named {name!r}; there are: {', '.join(SEQUENCES)}")
 
 
