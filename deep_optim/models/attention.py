@@ -43,8 +43,8 @@ class Attention(nn.Module):
         before = 0
         if state is not None:
             before = size_of(state, "key", 2)
-            like = key.new_empty(*key.shape[:2], 1, key.shape[3]).expand(-1, -1, before, -1)
-            check_state(state, {"key": like, "value": like})
+            like = key.new_empty(*key.shape[:2], before, key.shape[3], device="meta")
+            check_state(state, {"key": like, "value": like}, x.device)
         query, key = self._rotate(query, before), self._rotate(key, before)
         if state is not None:
             key, value = torch.cat([state["key"], key], 2), torch.cat([state["value"], value], 2)

@@ -92,7 +92,7 @@ class ContinuumLevel(nn.Module):
             elapsed: tokens since the last restart, where there is one.
         """
         if state is not None:
-            self.check(state, len(x))
+            self.check(state, x)
         if not self.inner_lr:
             return self.block(x), {}
         with torch.autocast(x.device.type, enabled=False):  # a memory keeps its precision
@@ -150,27 +150,29 @@ class ContinuumLevel(nn.Module):
             new[name] = torch.addcmul(torch.lerp(initial[name], weights[name], self.retention), gradient, -scale)
         return new
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         """Return the state before the first token: nothing written, and a zero in place of the token before it.
 
         written: W − W₀ for each weight of the block, [B, ...]; inputs: the last token of the chunk before, and the
-        n < C of the chunk under way, [B, 1 + n, D]. float32, or float64 where the weights are. A level that does not
-        learn in context has none.
+        n < C of the chunk under way, [B, 1 + n, D]. float32, or float64 where the weights are; on their device unless
+        another is named. A level that does not learn in context has none.
         """
         if not self.inner_lr:
             return {}
-        initial = self._initial()
-        written = {name: weight.new_zeros(batch_size, *weight.shape) for name, weight in initial.items()}
-        inputs = self.gate.weight.new_zeros(batch_size, 1, self.dim, dtype=self._dtype)
-        return {"written": written, "inputs": inputs}
 
-    def check(self, state: State, batch_size: int) -> None:
-        """Raise ValueError unless the state is of this level and of as many samples."""
-        like = self.initial_state(batch_size)
+        def zeros(like: Tensor, *shape: int) -> Tensor:
+            return like.new_zeros(batch_size, *shape, dtype=self._dtype, device=device)
+
+        written = {name: zeros(weight, *weight.shape) for name, weight in self.block.weights().items()}
+        return {"written": written, "inputs": zeros(self.gate.weight, 1, self.dim)}
+
+    def check(self, state: State, x: Tensor) -> None:
+        """Raise ValueError unless the state is of this level, and of x's samples and device."""
+        like = self.initial_state(len(x), "meta")
         if self.inner_lr:
             tokens = min(max(size_of(state, "inputs", 1), 1), self.chunk_size)
             like["inputs"] = like["inputs"].expand(-1, tokens, -1)
-        check_state(state, like)
+        check_state(state, like, x.device)
 
     def _initial(self) -> Weights:
         """Return W₀, in the dtype of the memory."""

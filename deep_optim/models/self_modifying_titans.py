@@ -139,10 +139,11 @@ class SelfModifyingTitans(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected x of shape [B, T, {self.dim}], got {list(x.shape)}")
-        fresh, dtype = self.initial_state(len(x)), self._dtype
+        dtype = self._dtype
         if state is None:
-            state = fresh
-        check_state(state, fresh)
+            state = self.initial_state(len(x))
+        else:
+            check_state(state, self.initial_state(len(x), "meta"), x.device)
         mixed = torch.cat([self.query(x), self.key(x), self.value(x)], -1).to(dtype)
         rates = self.rates(x).to(dtype)
         with torch.autocast(x.device.type, enabled=False):  # the recurrence keeps its precision
@@ -265,14 +266,15 @@ class SelfModifyingTitans(nn.Module):
         """Of the recurrence and its state."""
         return state_dtype(self.conv.dtype)
 
-    def initial_state(self, batch_size: int) -> State:
-        """Return the state before the first token, of float32, or float64 where the parameters are.
+    def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
+        """Return the state before the first token, of float32, or float64 where the parameters are, and on their device
+        unless another is named.
 
         stack: the change D of the stack of memories [B, H, rows, d], as it is and as it was when the projections' chunk
         began ("frozen"); and its velocity S, with momentum; w1, w2: the same of the two layers of an "mlp" memory;
         seen: Σ b k kᵀ of the main memory's chunk, for "mlp"; tail: the convolution's [B, 3, 3 D]; step: tokens written.
         """
-        dtype, device = self._dtype, self.conv.device
+        dtype, device = self._dtype, self.conv.device if device is None else device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=device)

@@ -9,21 +9,24 @@ from torch import Tensor
 State = dict[str, Any]  # of tensors and further dicts of them
 
 
-def check_state(state: State, expected: State, where: str = "state") -> None:
-    """Raise ValueError unless `state` has the names, shapes, dtypes and devices of `expected`, a fresh one."""
+def check_state(state: State, expected: State, device: torch.device, where: str = "state") -> None:
+    """Raise ValueError unless `state` has the names, shapes and dtypes of `expected` and is on `device`.
+
+    `expected` is a fresh state on the meta device: it is asked for at every token, and allocates nothing there.
+    """
     check_names(state, expected, where)
     for name, like in expected.items():
         tensor, place = state[name], f"{where}[{name!r}]"
         if isinstance(like, dict):
-            check_state(tensor, like, place)
+            check_state(tensor, like, device, place)
         elif not isinstance(tensor, Tensor) or tensor.shape[1:] != like.shape[1:] or tensor.ndim != like.ndim:
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{place} is of another layer: expected shape {list(like.shape)}, got {shape}")
         elif tensor.shape != like.shape:
             raise ValueError(f"{place} is of {len(tensor)} samples, the input of {len(like)}")
-        elif (tensor.dtype, tensor.device) != (like.dtype, like.device):
+        elif (tensor.dtype, tensor.device) != (like.dtype, device):
             raise ValueError(
-                f"{place} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; move it there"
+                f"{place} must be {like.dtype} on {device}, got {tensor.dtype} on {tensor.device}; move it there"
             )
 
 
