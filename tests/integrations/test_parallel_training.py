@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def told(folder: str) -> Told:
     """What each rank tells of all its runs, by the number of ranks."""
     two = on_ranks(2, on_two, NAMES, SOME, CHECKPOINTED, folder)
-    return {2: two, 4: on_ranks(4, on_four, SOME[:2], ON_FOUR, folder)}
+    return {2: two, 4: on_ranks(4, on_four, SOME, ON_FOUR, folder)}
 
 
 def alone(name: str, steps: int) -> dict[str, Any]:
@@ -58,7 +58,9 @@ def test_replicas_step_as_one_process_with_the_whole_batch(told: Told, name: str
 
 
 @pytest.mark.parametrize(
-    "kind, name", [*(("fsdp", name) for name in NAMES), *(("fsdp in bfloat16", name) for name in SOME)]
+    "kind, name",
+    [("fsdp", name) for name in NAMES]
+    + [(kind, name) for kind in ("fsdp in bfloat16", "fsdp with offload") for name in SOME],
 )
 def test_fully_sharded_training_steps_as_one_process(told: Told, name: str, kind: str) -> None:
     """A tied weight, a frozen layer, clipping; one process steps along the same gradients."""
@@ -69,10 +71,15 @@ def test_fully_sharded_training_steps_as_one_process(told: Told, name: str, kind
         assert_close(rank[kind][name]["sharded"], rank[kind][name]["alone"], 1e-5)
 
 
-@pytest.mark.parametrize("name", SOME[:2])
-def test_hybrid_sharded_training_steps_as_one_process(told: Told, name: str) -> None:
+@pytest.mark.parametrize("kind", ["fsdp", "tensor parallel"])
+@pytest.mark.parametrize("name", SOME)
+def test_sharded_on_a_mesh_of_two_dimensions_it_steps_as_one_process(told: Told, name: str, kind: str) -> None:
+    """Replicas of shards; shards of the shares of tensor parallelism, whose strided rows are gathered on every rank."""
     for rank in told[4]:
-        assert_close(rank["fsdp"][name]["sharded"], rank["fsdp"][name]["alone"], 1e-6)
+        torch.testing.assert_close(
+            rank[kind][name]["sharded"]["params"], rank[kind][name]["alone"]["params"], rtol=1e-6, atol=1e-6
+        )
+        assert_close(rank[kind][name]["sharded"], rank[kind][name]["alone"], 1e-5)
 
 
 @pytest.mark.parametrize("name", KEYED)

@@ -8,16 +8,19 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import LR
 from deep_optim import MultiFrequency, create_optimizer
 
 BATCH, LENGTH, WORDS, WIDTH = 8, 3, 11, 6  # rows that two and four ranks share unevenly
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+OFFLOAD = CPUOffloadPolicy(pin_memory=False)
 
 
 class Model(nn.Module):
@@ -102,24 +105,43 @@ def with_ddp(name: str) -> dict[str, Any]:
     return everything(model, optimizer)
 
 
-def with_fsdp(name: str, mesh_shape: tuple[int, ...], mixed: bool) -> dict[str, Any]:
-    """Train four steps sharded; return also what one process makes of the very gradients of this training."""
+def with_fsdp(name: str, mesh_shape: tuple[int, ...], **policies: Any) -> dict[str, Any]:
+    """Train four steps sharded."""
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
-    keywords: dict[str, Any] = {"mesh": mesh}
-    if mixed:
-        keywords["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, twin = Model(), Model()
+    model = Model()
     for block in model.blocks:
-        fully_shard(block, **keywords)
-    fully_shard(model, **keywords)
+        fully_shard(block, mesh=mesh, **policies)
+    fully_shard(model, mesh=mesh, **policies)
+    return beside_one_process(name, model)
+
+
+def with_tensor_parallel(name: str) -> dict[str, Any]:
+    """Train four steps on two ranks that share every block, and two that shard those shares."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    model = Model()
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(block, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    return beside_one_process(name, model, mesh["shard"])
+
+
+def beside_one_process(name: str, model: nn.Module, data: DeviceMesh | None = None) -> dict[str, Any]:
+    """Train four steps; return also what one process makes of the very gradients of this training.
+
+    Every rank of `data` has its share of the batch, by default every rank of all.
+    """
+    rank, size = (data.get_local_rank(), data.size()) if data else (dist.get_rank(), dist.get_world_size())
+    twin = Model()
     options = {} if "Input" not in name and name != "DGD" else {"missing": "gradient"}
     optimizer, other = make(name, model, **options), make(name, twin, **options)
     if options:
         optimizer.inputs = other.inputs = None  # go by the gradients, as the twin can
     for step in range(4):
         optimizer.zero_grad()
-        backward(model, words(step, dist.get_rank(), dist.get_world_size()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        backward(model, words(step, rank, size))
+        if data is None:  # torch clips no gradients of several meshes together
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             theirs.grad = None if ours.grad is None else whole(ours.grad).clone()
         optimizer.step()
@@ -203,8 +225,9 @@ def on_two(names: list[str], some: list[str], checkpointed: list[tuple[str, int]
     keyed = [name for name in names if name in ("DGD", "InputDeltaMomentum")]
     return {
         "ddp": {name: with_ddp(name) for name in names},
-        "fsdp": {name: with_fsdp(name, (2,), False) for name in names},
-        "fsdp in bfloat16": {name: with_fsdp(name, (2,), True) for name in some},
+        "fsdp": {name: with_fsdp(name, (2,)) for name in names},
+        "fsdp in bfloat16": {name: with_fsdp(name, (2,), mp_policy=MIXED) for name in some},
+        "fsdp with offload": {name: with_fsdp(name, (2,), offload_policy=OFFLOAD) for name in some},
         "inputs": {name: with_fsdp_and_inputs(name) for name in keyed},
         "zero": {name: with_zero(name) for name in some},
         "saved": {f"{name} {steps}": save(name, folder, steps) for name, steps in checkpointed},
@@ -213,6 +236,7 @@ def on_two(names: list[str], some: list[str], checkpointed: list[tuple[str, int]
 
 def on_four(names: list[str], checkpointed: list[tuple[str, int]], folder: str) -> dict[str, Any]:
     return {
-        "fsdp": {name: with_fsdp(name, (2, 2), False) for name in names},
+        "fsdp": {name: with_fsdp(name, (2, 2)) for name in names},
+        "tensor parallel": {name: with_tensor_parallel(name) for name in names},
         "loaded": {f"{name} {steps}": load(name, folder, steps) for name, steps in checkpointed},
     }

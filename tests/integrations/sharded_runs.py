@@ -18,13 +18,18 @@ from problem import gradient, make_params
 
 # Rows that two and four ranks share unevenly, or not at all; some twice, to be stacked.
 SHAPES = ((6, 4), (7, 5), (3, 8), (3, 8), (1, 6), (4, 3, 2, 2), (7,), (8, 8), (5, 4))
-LAYOUTS = ("rows", "columns", "replicas", "rows and columns", "rows twice", "replicated")
+LAYOUTS = (
+    *("rows", "columns", "replicas", "replicas of neighbours", "rows and columns", "rows twice", "replicated"),
+    *("one row of the mesh", "two dimensions of three"),
+)
+SUB_MESHES = LAYOUTS[-2:]  # of two ranks, on which others do the same
 STEPS = 3
 TWISTS: dict[str, dict[str, Any]] = {  # options beside those of a case, after a comma in the layout
     "": {},
     "maximize": {"maximize": True},
     "tensor lr": {"lr": torch.tensor(LR)},
     "in small batches": {},
+    "in bfloat16": {"kahan_sum": True},
 }
 SMALL_BATCH = 24  # entries per rank and tensor: a batch for every matrix or two
 
@@ -54,11 +59,10 @@ def _tensors(given: Any) -> Iterable[Tensor]:
 
 @functools.cache
 def mesh(dimensions: int) -> DeviceMesh:
-    """Return all ranks in a row, or in two."""
-    world = dist.get_world_size()
-    if dimensions == 1:
-        return init_device_mesh("cpu", (world,))
-    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+    """Return all ranks in a row, in two, or in two apart."""
+    half = dist.get_world_size() // 2
+    shape = {1: (2 * half,), 2: (2, half), 3: (2, 1, half)}[dimensions]
+    return init_device_mesh("cpu", shape, mesh_dim_names=("stage", "outer", "inner")[-dimensions:])
 
 
 def mesh_and_placements(layout: str, ndim: int) -> tuple[DeviceMesh, list[Placement]]:
@@ -67,15 +71,25 @@ def mesh_and_placements(layout: str, ndim: int) -> tuple[DeviceMesh, list[Placem
     if layout in ("rows", "columns", "replicated"):
         placement = {"rows": Shard(0), "columns": columns, "replicated": Replicate()}[layout]
         return mesh(1), [placement]
-    outer = {"replicas": Replicate(), "rows and columns": Shard(0), "rows twice": Shard(0)}[layout]
-    return mesh(2), [outer, columns if layout == "rows and columns" else Shard(0)]
+    return {
+        "replicas": (mesh(2), [Replicate(), Shard(0)]),
+        "replicas of neighbours": (mesh(2), [Shard(0), Replicate()]),
+        "rows and columns": (mesh(2), [Shard(0), columns]),
+        "rows twice": (mesh(2), [Shard(0), Shard(0)]),
+        "one row of the mesh": (mesh(2)["inner"], [Shard(0)]),
+        "two dimensions of three": (mesh(3)["outer", "inner"], [Replicate(), Shard(0)]),
+    }[layout]
+
+
+def dtype_of(twist: str) -> torch.dtype:
+    return torch.bfloat16 if twist == "in bfloat16" else torch.float32
 
 
 def train_sharded(case: Case, layout: str) -> dict[str, Any]:
     """Train SHAPES in a layout, and return what one process can be compared with."""
     layout, _, twist = layout.partition(", ")
     wheres = [mesh_and_placements(layout, len(shape)) for shape in SHAPES]
-    plain = make_params(SHAPES)
+    plain = make_params(SHAPES, dtype_of(twist))
     params = [nn.Parameter(distribute_tensor(p.detach(), *where)) for p, where in zip(plain, wheres, strict=True)]
     optimizer = case.make(params, **TWISTS[twist])
     if twist == "in small batches":

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import COSTS
 from cases import CASES
 from problem import assert_same, make_params, train
 from ranks import on_ranks
-from sharded_runs import LAYOUTS, SHAPES, STEPS, TWISTS, runs
+from sharded_runs import LAYOUTS, SHAPES, STEPS, SUB_MESHES, TWISTS, dtype_of, runs
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts them, once
 
@@ -62,12 +63,16 @@ Told = dict[int, list[dict[str, Any]]]
 @functools.cache
 def alone(case: str, twist: str = "") -> dict[str, Any]:
     """The same training in one process."""
-    params = make_params(SHAPES)
+    params = make_params(SHAPES, dtype_of(twist))
     optimizer = TABLE[case].make(params, **TWISTS[twist])
     train(optimizer, params, range(STEPS - 1))
     with FlopCounterMode(display=False) as flops:
         train(optimizer, params, range(STEPS - 1, STEPS))
     return {"params": params, "states": [optimizer.state[param] for param in params], "flops": flops.get_total_flops()}
+
+
+def weights(run: dict[str, Any]) -> list[Tensor]:
+    return [param.detach() for param in run["params"]]
 
 
 def every_run(test: Any) -> Any:
@@ -79,8 +84,7 @@ def test_the_step_is_that_of_one_process(told: Told, world_size: int, case: str,
     expected = alone(case, layout.partition(", ")[2])
     for rank in told[world_size]:
         ours = rank[f"{case}, {layout}"]
-        for new, old in zip(ours["params"], expected["params"], strict=True):
-            torch.testing.assert_close(new, old.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(weights(ours), weights(expected), rtol=1e-6, atol=1e-6)
         for new, old in zip(ours["states"], expected["states"], strict=True):
             torch.testing.assert_close(new, {**old}, rtol=1e-5, atol=1e-6)
 
@@ -100,6 +104,7 @@ def test_state_is_sharded_as_its_parameter_or_the_same_on_every_rank(
 def test_each_matrix_is_gathered_once_and_scattered_once(told: Told, world_size: int, case: str, layout: str) -> None:
     """One all_to_all each way in a batch, whatever the optimizer, and none where nothing is needed whole.
 
+    Gradients in bfloat16 and memories in float32 are two messages.
     DMGD asks all ranks beforehand whether gradients are finite, and M3 orthogonalises its slow memories apart from the
     fast ones, at the beginning of a chunk.
     """
@@ -110,7 +115,8 @@ def test_each_matrix_is_gathered_once_and_scattered_once(told: Told, world_size:
     if "in small batches" in layout:
         assert exchanges > 4 and exchanges % 2 == 0
     else:
-        assert exchanges == (0 if case in ENTRY_BY_ENTRY else 4 if begins_chunk else 2)
+        two_dtypes = "in bfloat16" in layout and case == "delta"
+        assert exchanges == (0 if case in ENTRY_BY_ENTRY else 4 if begins_chunk else 2) + two_dtypes
     assert set(calls) <= ({"all_reduce"} if "nonfinite" in group else set())
 
 
@@ -119,7 +125,7 @@ def test_the_work_is_spread(told: Told, world_size: int, case: str, layout: str)
     """Matrix products: all ranks together do those of one process, no rank more than 0.6 of them."""
     flops = [rank[f"{case}, {layout}"]["flops"] for rank in told[world_size]]
     total = alone(case)["flops"]
-    assert sum(flops) == total
+    assert sum(flops) == total * (2 if layout in SUB_MESHES else 1)
     assert max(flops) <= 0.6 * total
 
 
