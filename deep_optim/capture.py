@@ -20,6 +20,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .layer_inputs import number_of_rows, reading, spread_places, unit_rows, usual_sample
@@ -183,6 +184,11 @@ class InputCapture:
         if not (module.training and torch.is_grad_enabled() and module in self._seen and module.weight.requires_grad):
             return
         inputs, x = self._seen[module], args[0] if args else kwargs["input"]
+        if isinstance(x, DTensor):
+            raise RuntimeError(
+                "capture_inputs does not support tensor parallelism, where a layer's inputs are a DTensor; build the "
+                "optimizer without inputs= and with missing='gradient'"
+            )
         compiling = torch.compiler.is_compiling()
         if not compiling:
             if not _in_backward():  # where a reentrant checkpoint's first pass, without gradients, is not seen

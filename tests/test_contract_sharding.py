@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from cases import LR, Case, every
+from deep_optim import capture_inputs
 from problem import assert_same, copy_params, make_model, make_params, model_loss, train
 
 
@@ -53,3 +56,10 @@ def test_fully_sharded_parameters_train(case: Case) -> None:
             optimizer.step()
     for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(whole(ours).detach(), theirs.detach())  # float32: other kernels
+
+
+def test_inputs_of_tensor_parallel_layers_are_refused_in_words() -> None:
+    model = parallelize_module(nn.Linear(4, 6), init_device_mesh("cpu", (1,)), ColwiseParallel())
+    with capture_inputs(model), pytest.raises(RuntimeError, match=r"tensor parallelism.*missing='gradient'"):
+        model(torch.ones(3, 4))
+    model(torch.ones(3, 4))
