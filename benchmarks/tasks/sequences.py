@@ -16,9 +16,10 @@ from . import Batch
 from .corpus import read_fashion, read_text
 from .languages import Languages
 from .text import CONTEXT, ByteGPT, windows
+from .topics import Topics
 from .vision import read_digits
 
-SEQUENCES = ("orthogonal", "permuted", "split", "text", "languages")
+SEQUENCES = ("orthogonal", "permuted", "split", "text", "classes", "topics", "languages")
 
 
 class Sequence(Protocol):
@@ -43,12 +44,14 @@ def make_sequence(name: str, **options: Any) -> Sequence:
     """The sequence called `name`; the options are those of its class."""
     if name == "orthogonal":
         return Orthogonal(**options)
-    if name in ("permuted", "split"):
+    if name in ("permuted", "split", "classes"):
         return Images(name, **options)
     if name == "text":
         return Domains(**options)
     if name == "languages":
         return Languages(**options)
+    if name == "topics":
+        return Topics(**options)
     raise ValueError(f"no sequence named {name!r}; there are: {', '.join(SEQUENCES)}")
 
 
@@ -120,15 +123,16 @@ class MLP(nn.Module):
 
 
 class Images:
-    """Permuted or split images and a small MLP.
+    """Permuted or split images, or classes after classes, and a small MLP.
 
     "permuted": every task has all classes and an order of the pixels of its own, the first the natural one.
     "split": every task has two classes of its own, and only their two outputs count in its loss and accuracy.
+    "classes": the same, and all ten outputs count: a class must be told from those of all other tasks.
 
     Args:
-        kind: "permuted" or "split".
+        kind: "permuted", "split" or "classes".
         images: "fashion" (averaged to 14 x 14; downloaded, see corpus.py) or "digits" (8 x 8, scikit-learn's).
-        tasks: how many; at most 5 for "split".
+        tasks: how many; at most 5 but for "permuted".
         width: of the hidden layers.
         batch: images a step.
     """
@@ -140,7 +144,7 @@ class Images:
     memory = ()
 
     def __init__(self, kind: str, images: str = "fashion", tasks: int = 5, width: int = 64, batch: int = 64) -> None:
-        if kind == "split" and tasks > 5:
+        if kind != "permuted" and tasks > 5:
             raise ValueError(f"ten classes make 5 tasks of two, not {tasks}")
         self.kind, self.images, self.tasks, self.width, self.batch = kind, images, tasks, width, batch
         self.steps = 400 if kind == "permuted" else 200
@@ -164,7 +168,7 @@ class Images:
 
     def _logits(self, model: nn.Module, pixels: Tensor, task: int) -> Tensor:
         logits = model(pixels)
-        if self.kind == "permuted":
+        if self.kind != "split":
             return logits
         others = torch.arange(10) // 2 != task
         return logits.masked_fill(others, -torch.inf)
