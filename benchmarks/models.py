@@ -21,12 +21,17 @@ from .hope_variants import VARIANTS
 from .lesson import Lesson
 from .measure import command, machine, versions
 from .model_plots import draw_models
-from .problems import languages, mad, make_problem, recall
+from .problems import languages, mad, make_problem, recall, translation
 from .sequence_models import EVERY, MODELS
 from .trials import Meter, Results, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"languages": tuple(languages.PROBLEMS), "recall": tuple(recall.PROBLEMS), "mad": tuple(mad.PROBLEMS)}
+SUITES = {
+    "languages": tuple(languages.PROBLEMS),
+    "recall": tuple(recall.PROBLEMS),
+    "mad": tuple(mad.PROBLEMS),
+    "translation": tuple(translation.PROBLEMS),
+}
 TUNING_SEED = 0
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": dict(dim=32, layers=2, steps=1000, batch=32, lrs=[2e-3, 6e-3], device="cpu"),
@@ -60,7 +65,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks models", description=__doc__.splitlines()[0])
     every = [name for names in SUITES.values() for name in names]
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: an hour or two on two cores")
-    parser.add_argument("--task", default="languages", help=f"comma-separated: {', '.join([*SUITES, *every])}")
+    parser.add_argument(
+        "--task", default="languages", help=f"comma-separated: {', '.join({**SUITES, **dict.fromkeys(every)})}"
+    )
     parser.add_argument(
         "--models", default=",".join(MODELS), help="comma-separated, or: ablation; default: all but these"
     )

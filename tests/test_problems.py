@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.problems import IGNORE, languages, mad, make_problem, recall, score
+from benchmarks.problems import IGNORE, languages, mad, make_problem, recall, score, translation
 
-NAMES = [*languages.PROBLEMS, *recall.PROBLEMS, *mad.PROBLEMS]
+NAMES = [*languages.PROBLEMS, *recall.PROBLEMS, *mad.PROBLEMS, *translation.PROBLEMS]
 
 
 def drawn(name, which="train", batch=8, seed=0):
@@ -104,6 +104,23 @@ def test_the_needle_is_there_once_and_asked_for_at_the_end():
         assert sum(answer != IGNORE for answer in expected) == 1
         places.append(first)
     assert min(places) < 250 and max(places) > 750
+
+
+@pytest.mark.parametrize("since", [0, 1, 2])
+def test_translation_asks_for_the_language_that_was_taught_so_long_ago(since):
+    _, tokens, answers = drawn("translation", f"{since} since", batch=20)
+    contradicted = 0
+    for string, expected in zip(tokens.tolist(), answers.tolist(), strict=True):
+        taught, questions = string[:72], string[72:]
+        order = list(dict.fromkeys(taught[::3]))
+        assert sorted(order) == [0, 1, 2] and [taught[24 * k] for k in range(3)] == order
+        book = dict(zip(zip(taught[::3], taught[1::3], strict=True), taught[2::3], strict=True))
+        assert len(book) == 24 and all(2 < word <= 10 < meaning for (_, word), meaning in book.items())
+        assert set(questions[::2]) == {order[2 - since]} and sorted(questions[1::2]) == list(range(3, 11))
+        assert expected[:72] == [IGNORE] * 72 and expected[72::2] == [IGNORE] * 8
+        assert expected[73::2] == [book[question] for question in zip(questions[::2], questions[1::2], strict=True)]
+        contradicted += sum(book[0, word] != book[1, word] for word in range(3, 11))
+    assert contradicted > 100
 
 
 def test_in_context_recall_asks_only_for_keys_seen_before():

@@ -26,9 +26,9 @@ class Problem(Protocol):
 
 def make_problem(name: str) -> Problem:
     """The problem called `name`."""
-    from . import languages, mad, recall
+    from . import languages, mad, recall, translation
 
-    tables = {**languages.PROBLEMS, **recall.PROBLEMS, **mad.PROBLEMS}
+    tables = {**languages.PROBLEMS, **recall.PROBLEMS, **mad.PROBLEMS, **translation.PROBLEMS}
     if name not in tables:
         raise ValueError(f"no problem named {name!r}; there are: {', '.join(tables)}")
     return tables[name]()
