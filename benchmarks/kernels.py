@@ -25,6 +25,7 @@ from deep_optim.ops.feature_map import feature_map
 from deep_optim.ops.frobenius import frobenius_norm
 from deep_optim.ops.mlp_memory import MLPMemory
 from deep_optim.ops.newton_schulz import newton_schulz, working_dtype
+from deep_optim.ops.symmetric_product import symmetric_product
 from deep_optim.ops.two_sided_delta import two_sided_delta
 
 from .measure import ceilings, command, machine, paired_rounds, summarize, versions, waiting
@@ -37,6 +38,15 @@ SHAPES: dict[str, tuple[int, int, int]] = {  # stack, rows, columns
     "4 x 512 x 128": (4, 512, 128),
     "1 x 768 x 768": (1, 768, 768),
     "1 x 768 x 3072": (1, 768, 3072),
+}
+GPU_SHAPES: dict[str, tuple[int, int, int]] = {
+    "12 x 768 x 768": (12, 768, 768),  # those of GPT-2 124M
+    "12 x 2304 x 768": (12, 2304, 768),
+    "12 x 768 x 3072": (12, 768, 3072),
+    "1 x 2048 x 2048": (1, 2048, 2048),
+    "8 x 2048 x 2048": (8, 2048, 2048),  # of GPT-3 1.3B
+    "8 x 2048 x 8192": (8, 2048, 8192),
+    "4 x 4096 x 4096": (4, 4096, 4096),
 }
 LOSSES = 3.0  # times the plain way's error
 
@@ -127,6 +137,40 @@ def plain_deep(memory: Tensor, written: Tensor) -> Tensor:
     return torch.stack(results)
 
 
+def gram(memory: Tensor, written: Tensor) -> Tensor:
+    """U Uᵀ by the kernel."""
+    return symmetric_product(_low(written), backend="triton")
+
+
+def plain_gram(memory: Tensor, written: Tensor) -> Tensor:
+    """By a general product, which computes every entry twice."""
+    matrix = _low(written)
+    return torch.bmm(matrix, matrix.mT)
+
+
+def square(memory: Tensor, written: Tensor) -> Tensor:
+    """2 A² − 4 A for a symmetric A, as in a step of Newton-Schulz, by the kernel."""
+    matrix = _symmetric(memory)
+    return symmetric_product(matrix, add=matrix, alpha=2.0, beta=-4.0, backend="triton")
+
+
+def plain_square(memory: Tensor, written: Tensor) -> Tensor:
+    """By a general product that adds."""
+    matrix = _symmetric(memory)
+    return torch.baddbmm(matrix, matrix, matrix, beta=-4.0, alpha=2.0)
+
+
+def _symmetric(memory: Tensor) -> Tensor:
+    """A matrix of the memory's shorter side, of norm about 1."""
+    side = min(memory.shape[-2:])
+    block = memory[..., :side, :side]
+    return _low((block + block.mT) / (8 * side) ** 0.5)
+
+
+def _low(matrix: Tensor) -> Tensor:
+    return matrix if matrix.dtype == torch.float64 else matrix.half()
+
+
 def _with_hidden(memory: Tensor) -> MLPMemory:
     """A memory with 16 hidden features, made of pieces of the linear one."""
     tall = memory.mT if memory.shape[-2] < memory.shape[-1] else memory
@@ -142,12 +186,17 @@ KERNELS: dict[str, Kernel] = {
     "two_sided_delta": Kernel(delta, plain_delta, 16),
     "deep_momentum": Kernel(deep, plain_deep, 16),
 }
+GPU_KERNELS: dict[str, Kernel] = {  # of which a CPU has none
+    "gram": Kernel(gram, plain_gram, 6),
+    "square": Kernel(square, plain_square, 6),
+}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
+    kernels, shapes = KERNELS | GPU_KERNELS, SHAPES | GPU_SHAPES
+    parser.add_argument("--kernels", help=f"of {', '.join(kernels)}; by default those that the device has")
+    parser.add_argument("--shapes", help=f"of {', '.join(shapes)}; by default those of the device")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -159,21 +208,21 @@ def main(arguments: list[str]) -> int:
         document = json.loads(args.plot_only.read_text())
         console.print(f"plot: {draw_kernels(document, args.plot_only.with_suffix('.png'))}")
         return 0
+    args.kernels = args.kernels or ",".join(KERNELS if args.device == "cpu" else kernels)
+    args.shapes = args.shapes or ",".join(SHAPES if args.device == "cpu" else GPU_SHAPES)
     torch.set_num_threads(args.threads)
     dtype = working_dtype(torch.empty(1, device=args.device))
     document: dict[str, Any] = {
         "benchmark": "kernels", "command": command("kernels", arguments), "machine": machine(), "versions": versions(),
         "device": args.device, "rounds": args.rounds, "ceilings": ceilings(args.device, dtype), "kernels": {},
     }  # fmt: skip
-    if args.device != "cpu":
-        document["machine"]["gpu"] = torch.cuda.get_device_name(args.device)
     rates = document["ceilings"]
     console.print(f"ceilings: {rates['gflops']:.0f} GFLOP/s, {rates['gbytes']:.1f} GB/s", highlight=False)
     for name in args.kernels.split(","):
         results = {}
         for shape in args.shapes.split(","):
             console.print(f"timing {name} on {shape} ...", highlight=False)
-            results[shape] = measure(KERNELS[name], SHAPES[shape], args)
+            results[shape] = measure(kernels[name], shapes[shape], args)
         document["kernels"][name] = results
         console.print(_table(name, results))
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -100,9 +100,10 @@ def waiting(arm: Callable[[], object], device: str) -> Callable[[], None]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor and its load; no name of the host."""
+    """The processors and their load; no name of the host."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads_per_process": torch.get_num_threads(),
@@ -114,7 +115,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Python and the packages a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "deep-optim", "numpy", "schedulefree", "pytorch-optimizer"):
+    for package in ("torch", "triton", "deep-optim", "numpy", "schedulefree", "pytorch-optimizer"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

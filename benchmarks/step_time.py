@@ -2,7 +2,8 @@
 
 Every arm has its own copy of the parameters and random gradients of a realistic size; AdamW runs twice, and how far
 the two come apart is how far any other ratio may be trusted. Beside the times: bytes of state, bytes of temporary
-tensors at their peak, and the rate of the products against a large product measured in the same run.
+tensors at their peak, and the rate of the products against a large product measured in the same run. On a GPU also
+the time it is busy, the time until the host is free again, and the time of a step replayed from a CUDA graph.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from .device_time import device_time, replay_time
 from .measure import (
     TransientMemory,
     ceilings,
@@ -113,6 +115,7 @@ def main(arguments: list[str]) -> int:
         console.print(f"plot: {draw_step_time(document, args.plot_only.with_suffix('.png'))}")
         return 0
     torch.set_num_threads(args.threads)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     names = [name for name in timed() if name in {"adamw", *args.optimizers.split(",")}]
     document: dict[str, Any] = {
         "benchmark": "step_time", "command": command("step_time", arguments), "machine": machine(),
@@ -123,8 +126,7 @@ def main(arguments: list[str]) -> int:
         console.print(f"timing {', '.join(names)} on {shape} ...", highlight=False)
         document["shapes"][shape] = measure(shape, names, args)
         console.print(_table(shape, document["shapes"][shape], document["ceilings"]["gflops"]))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(document, indent=1) + "\n")
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
     plot = draw_step_time(document, args.output.with_suffix(".png"))
     console.print(f"numbers: {args.output}\nplot:    {plot}")
     return 0
@@ -141,20 +143,30 @@ def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str,
     arms: dict[str, Callable[[], None]] = {}
     costs: dict[str, dict[str, float]] = {}
     count = 0
+    with torch.device(args.device):
+        gradients = [torch.randn_like(param) * GRADIENT_SIZE for param in make().parameters()]
+    if any(gradient.ndim > 2 for gradient in gradients):  # which torch's Muon does not take
+        names = [name for name in names if name != "muon"]
     for arm in (*names, AGAIN):
         name = "adamw" if arm == AGAIN else arm
-        model = make().to(args.device)
-        for param in model.parameters():
-            param.grad = torch.randn_like(param) * GRADIENT_SIZE
+        with torch.device(args.device):
+            model = make()
+        for param, gradient in zip(model.parameters(), gradients, strict=True):  # foreign ones may write to them
+            param.grad = gradient.clone() if OPTIMIZERS[name].package else gradient
         lr = min(OPTIMIZERS[name].lowest_lr.values())
         setting = Setting(lr, OPTIMIZERS[name].seconds[1])
         optimizers = build(name, Stage(memory), model, setting, warmup=1)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            if "chunk_size" in group:  # M3's default: the table's short chunks are for short runs
+                group["chunk_size"] = 100
         for optimizer in optimizers:
             if hasattr(optimizer, "train"):  # schedule-free AdamW steps in this mode only
                 optimizer.train()
             optimizer.step()
         count = sum(param.numel() for param in model.parameters())
         costs[arm] = bytes_and_flops(optimizers, count)
+        if args.device != "cpu":
+            costs[arm] |= on_the_gpu(optimizers, count)
         arms[arm] = _arm(optimizers, args.steps_per_call, args.device)
     times = summarize(paired_rounds(arms, rounds=args.rounds), reference="adamw")
     for numbers in times.values():
@@ -172,6 +184,24 @@ def bytes_and_flops(optimizers: list[Optimizer], parameters: int) -> dict[str, f
         "transient_bytes_per_parameter": transient.peak / parameters,
         "flops_per_parameter": flops.get_total_flops() / parameters,
     }
+
+
+def on_the_gpu(optimizers: list[Optimizer], parameters: int) -> dict[str, float]:
+    """Where the time of a step goes, and its temporaries by the allocator's count, cuBLAS's included."""
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    made = torch.cuda.max_memory_allocated() - before
+    costs = device_time(step) | {"transient_bytes_per_parameter": made / parameters}
+    replayed = replay_time(optimizers)
+    return costs if replayed is None else costs | {"replay_ms": replayed}
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
@@ -199,12 +229,20 @@ def _arm(optimizers: list[Optimizer], steps: int, device: str) -> Callable[[], N
 
 def _table(shape: str, result: dict[str, Any], ceiling: float) -> Table:
     table = Table(title=f"{shape}: {result['parameters'] / 1e6:.2f}M parameters", title_justify="left")
+    on_gpu = "device_ms" in result["arms"]["adamw"]
     headings = ("optimizer", "ms a step", "to AdamW", "quartiles", "state B", "temporary B", "GFLOP/s")
+    if on_gpu:
+        headings = (*headings[:-1], "GPU busy ms", "to AdamW", "host ms", "launches", "replayed ms")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "optimizer" else "right", no_wrap=True)
     for arm, numbers in result["arms"].items():
         quartiles = f"[{numbers['ratio_q1']:.2f}, {numbers['ratio_q3']:.2f}]"
         rate = numbers["flops_per_parameter"] * result["parameters"] / numbers["ms"] / 1e6
+        last = [f"{rate:.0f} ({100 * rate / ceiling:.0f} %)" if rate else ""]
+        if on_gpu:  # where counting FLOPs misses the kernels
+            busy = numbers["device_ms"], numbers["device_ms"] / result["arms"]["adamw"]["device_ms"], numbers["host_ms"]
+            replayed = f"{numbers['replay_ms']:.3f}" if "replay_ms" in numbers else ""
+            last = [*(f"{number:.2f}" for number in busy), f"{numbers['launches']:.0f}", replayed]
         table.add_row(
             "AdamW again" if arm == AGAIN else OPTIMIZERS[arm].title,
             f"{numbers['ms']:.3f}",
@@ -212,6 +250,6 @@ def _table(shape: str, result: dict[str, Any], ceiling: float) -> Table:
             quartiles,
             f"{numbers['state_bytes_per_parameter']:.2f}",
             f"{numbers['transient_bytes_per_parameter']:.2f}",
-            f"{rate:.0f} ({100 * rate / ceiling:.0f} %)" if rate else "",
+            *last,
         )
     return table

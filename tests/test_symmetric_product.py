@@ -249,4 +249,4 @@ def test_compiles_to_tensor_core_instructions_without_spills(tmp_path):
         assert dots, (name, usage)
         kind = "TF32" if "fp32" in name else "BF16" if "bf16" in name else "F32"  # the sum's, which float16 has alone
         assert all(kind in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)
-        assert sum(usage["instructions"].values()) <= 2000, (name, usage)  # a tile is 4096 entries or more
+        assert sum(usage["instructions"].values()) <= 2500, (name, usage)  # a tile is 4096 entries or more
