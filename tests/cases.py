@@ -6,7 +6,7 @@ that it keeps is fair to ask, and a promise that it breaks (`beyond_torch`) is a
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,20 @@ CASES = (
 )
 
 
+# Every option of theirs is in another line, too, or is a number: no path of the code is theirs alone.
+NO_PATH_OF_THEIR_OWN = (
+    "momentum-plain",
+    "preconditioned-diagonal-identity",
+    "preconditioned-shampoo-identity",
+    "preconditioned-newton-schulz-adam",
+    "delta-no-inner-lr",
+    "dmgd-adam",
+    "input-delta-identity",
+    "input-delta-adam",
+    "dgd-adam",
+)
+
+
 def one_per_class() -> Iterator[Case]:
     """Yield the first case of every class, for tests too slow for the whole table."""
     seen: set[type[Optimizer]] = set()
@@ -155,7 +169,7 @@ def one_per_class() -> Iterator[Case]:
 def every(
     kind: str = "case", *, beyond_torch: str | None = None, raises: type[Exception] | None = None
 ) -> pytest.MarkDecorator:
-    """Parametrize a test over the table, "case" by case or by "class".
+    """Parametrize a test over the table, "case" by case, or if it is slow by "path" of the code or by "class".
 
     `beyond_torch` names why torch's own AdamW breaks the promise: there the test must fail, or the claim is stale. It
     must fail by an assertion or by `raises`; any other error is a fault of the test.
@@ -163,7 +177,11 @@ def every(
     failures = (AssertionError, pytest.fail.Exception, *([raises] if raises else []))
     reason = f"torch's AdamW {beyond_torch}"
     marks = pytest.mark.xfail(strict=True, raises=failures, reason=reason) if beyond_torch else ()
-    cases = CASES if kind == "case" else tuple(one_per_class())
+    chosen: dict[str, Iterable[Case]] = {
+        "case": CASES,
+        "path": (case for case in CASES if case.id not in NO_PATH_OF_THEIR_OWN),
+        "class": one_per_class(),
+    }
     return pytest.mark.parametrize(
-        "case", [pytest.param(case, id=case.id, marks=marks if case.control else ()) for case in cases]
+        "case", [pytest.param(case, id=case.id, marks=marks if case.control else ()) for case in chosen[kind]]
     )

@@ -25,8 +25,7 @@ def fit(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 
 @every()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("flat, dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["nested", "flat"])
 def test_round_trip_by_name_into_a_fresh_optimizer(case: Case, flat: bool, dtype: torch.dtype) -> None:
     """Saved by parameter name, loaded into an optimizer whose state torch first has to make up."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -29,7 +29,7 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 @every()
 @pytest.mark.parametrize(
     ("dtype", "steps"),
-    [(torch.float32, 1), (torch.float32, 10), *((dtype, 3) for dtype in FLOATS)],
+    [(torch.float32, 1), (torch.float32, 10), (torch.bfloat16, 3), (torch.float64, 3)],
     ids=lambda value: str(value),
 )
 def test_resumes_bit_for_bit_from_a_file(case: Case, dtype: torch.dtype, steps: int) -> None:
@@ -78,7 +78,7 @@ def test_loading_copies(case: Case) -> None:
     assert_same(given["state"], kept)
 
 
-@every(beyond_torch="keeps the very tensors it was given")
+@every("class", beyond_torch="keeps the very tensors it was given")
 def test_loading_holds_on_to_nothing(case: Case) -> None:
     """When the dict is gone, so is its memory, however many times one loads."""
     optimizer, params = case.mid_training()

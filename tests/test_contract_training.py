@@ -58,8 +58,17 @@ def advance(scheduler: Any) -> None:
 
 
 @every()
+def test_follows_a_scheduler_of_rate_and_momentum(case: Case) -> None:
+    assert_follows(case, SCHEDULERS["OneCycleLR"])
+
+
+@every("class")
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_follows_a_scheduler(case: Case, make: Scheduler) -> None:
+def test_follows_every_scheduler(case: Case, make: Scheduler) -> None:
+    assert_follows(case, make)
+
+
+def assert_follows(case: Case, make: Scheduler) -> None:
     """What the scheduler writes into the group is what the next step uses, momentum included."""
     params = make_params()
     optimizer = case.make(params)

@@ -1,11 +1,8 @@
 """The kernels of a deep memory of gradients against the reference in float64, and what the compiler makes of them."""
 
-import sys
-
 import pytest
 import torch
 
-from compiled_kernels import assert_fast, compiled
 from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.ops.deep_momentum import deep_momentum
 from deep_optim.ops.mlp_memory import MLPMemory
@@ -224,16 +221,3 @@ def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
     for step in both(MLPMemory(*(weight.cpu() for weight in memory)), written.cpu(), backend="triton"):
         with pytest.raises(RuntimeError, match="on_cuda=False"):
             step()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler that comes with Triton")
-def test_compiles_to_tensor_core_instructions_without_spills(tmp_path):
-    """For three generations of GPUs, none of which has to be there; one process each way, hence a program."""
-    kernels = compiled("deep_momentum", tmp_path)
-    assert len(kernels) == 21
-    for name, usage in kernels.items():
-        dots = assert_fast(name, usage, exempt=["LDG.E"] if name.startswith("operands") else ())
-        assert usage["instructions"].get("LDG.E", 0) == name.startswith("operands")  # ‖U‖
-        assert bool(dots) == ("hidden=0" not in name and name.split()[0] != "delta_rule")  # which multiplies in float32
-        if name.startswith("update"):
-            assert all("BF16" in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)

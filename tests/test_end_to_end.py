@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import deep_optim
 from deep_optim.models import Hope, Transformer
 
-STEPS = 30
+STEPS = 20
 
 
 def losses(model, optimizer):

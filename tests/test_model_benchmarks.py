@@ -78,7 +78,7 @@ def test_models_tunes_scores_draws_and_resumes(tmp_path):
         "--task",
         "parity,mqar",
         "--models",
-        "lstm,hope",
+        "lstm,deltanet",
         *TINY,
         "--workers",
         "1",
@@ -88,7 +88,7 @@ def test_models_tunes_scores_draws_and_resumes(tmp_path):
     assert command.main(arguments) == 0
     document = json.loads(file.read_text())
     assert set(document["problems"]) == {"parity", "mqar"} and file.with_suffix(".png").exists()
-    row = document["problems"]["parity"]["hope"]
+    row = document["problems"]["parity"]["deltanet"]
     assert row["lr"] in (1e-3, 2e-3) and len(row["scores"]["outside"]) == 2 and row["parameters"] > 0
     assert len(document["trials"]) == 2 * 2 * (2 + 2)
     stamp = {json.dumps(each["trial"]): each["result"] for each in document["trials"]}

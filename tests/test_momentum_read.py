@@ -1,11 +1,8 @@
 """A linear memory written in place: against torch.optim.SGD, and the kernel against the reference bit for bit."""
 
-import sys
-
 import pytest
 import torch
 
-from compiled_kernels import assert_fast, compiled
 from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.ops.momentum import momentum_read
 from large_results import LargeResults
@@ -83,15 +80,3 @@ def test_an_explicit_request_never_falls_back(triton_device):
         momentum_read(grads, [memory.double() for memory in memories], decay=0.9, backend="triton")
     with pytest.raises(ValueError, match="'cuda'"):
         momentum_read(grads, memories, decay=0.9, backend="cuda")
-
-
-@needs_triton
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler that comes with Triton")
-@pytest.mark.parametrize("op, count, budget", [("momentum", 6, 20), ("descend", 6, 20)])
-def test_compiles_to_wide_accesses_without_spills(op, count, budget, tmp_path):
-    """And to few instructions: bandwidth is all that such a kernel should wait for."""
-    kernels = compiled(op, tmp_path)
-    assert len(kernels) == count
-    for name, usage in kernels.items():
-        assert not assert_fast(name, usage, exempt=("LDG.E.64", "LDG.E", "LDG.E.64.CONSTANT"))
-        assert sum(usage["instructions"].values()) / (2048 / 256) <= budget * 8, (name, usage)  # entries of a thread

@@ -359,8 +359,11 @@ def test_a_thousand_tokens_neither_empty_nor_fill_the_memory(memory):
     assert 0.5 < ratio < 3
 
 
-@pytest.mark.parametrize("common", [0.0, 0.7])
-@pytest.mark.parametrize("options", [{}, {"memory": "mlp"}, {"momentum": 0.9}], ids=["linear", "mlp", "momentum"])
+@pytest.mark.parametrize(
+    "options, common",
+    [({}, 0.0), ({}, 0.7), ({"memory": "mlp"}, 0.7), ({"momentum": 0.9}, 0.7)],
+    ids=["linear, no two alike", "linear", "mlp", "momentum"],
+)
 @torch.no_grad()
 def test_sixteen_thousand_tokens_stay_finite(options, common):
     """In float32, fresh and far from fresh, also where all tokens share a component."""

@@ -181,7 +181,7 @@ def assert_fast(name, usage, exempt=()):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     result = {}
     for name, kernel, constants, options, dtypes in OPS[sys.argv[1]]():
         for architecture in ARCHITECTURES:

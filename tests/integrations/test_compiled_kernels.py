@@ -1,0 +1,62 @@
+"""What the compiler makes of every kernel, for three generations of GPUs, none of which has to be there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from compiled_kernels import assert_fast, compiled
+from deep_optim.ops.backend import HAS_TRITON
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler that comes with Triton"),
+]
+
+
+def test_deep_momentum_compiles_to_tensor_core_instructions_without_spills(tmp_path: Path) -> None:
+    """One process each way, hence a program."""
+    kernels = compiled("deep_momentum", tmp_path)
+    assert len(kernels) == 21
+    for name, usage in kernels.items():
+        dots = assert_fast(name, usage, exempt=["LDG.E"] if name.startswith("operands") else ())
+        assert usage["instructions"].get("LDG.E", 0) == name.startswith("operands")  # ‖U‖
+        assert bool(dots) == ("hidden=0" not in name and name.split()[0] != "delta_rule")  # which multiplies in float32
+        if name.startswith("update"):
+            assert all("BF16" in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)
+
+
+def test_symmetric_product_compiles_to_tensor_core_instructions_without_spills(tmp_path: Path) -> None:
+    kernels = compiled("symmetric_product", tmp_path)
+    assert len(kernels) == 12
+    for name, usage in kernels.items():
+        dots = assert_fast(name, usage)
+        assert dots, (name, usage)
+        kind = "TF32" if "fp32" in name else "BF16" if "bf16" in name else "F32"  # the sum's, which float16 has alone
+        assert all(kind in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)
+        assert sum(usage["instructions"].values()) <= 2500, (name, usage)  # a tile is 4096 entries or more
+
+
+def test_delta_momentum_compiles_to_tensor_core_instructions_without_spills(tmp_path: Path) -> None:
+    kernels = compiled("delta_momentum", tmp_path)
+    assert len(kernels) == 15
+    for name, usage in kernels.items():
+        count = usage["instructions"]
+        # Addresses, sums of squares, ‖U‖, lr, and a factor per row where a thread has no four in a row.
+        scalars = [op for op in ("LDG.E", "LDG.E.64", "STG.E.64") if op in count]
+        dots = assert_fast(name, usage, exempt=scalars)
+        assert sum(count[op] for op in scalars) <= 8, (name, usage)
+        assert bool(dots) == name.startswith("step"), (name, usage)
+        assert all("BF16" in op for op in dots if not op.startswith("UTCHMMA")), (name, usage)
+        assert sum(count.values()) <= 2500, (name, usage)
+
+
+@pytest.mark.parametrize("op", ["momentum", "descend"])
+def test_passes_over_memory_are_nothing_else(op, tmp_path):
+    """Few instructions for the 8 entries of a thread: memory is all that such a kernel should wait for."""
+    kernels = compiled(op, tmp_path)
+    assert len(kernels) == 6
+    for name, usage in kernels.items():
+        single = {name for name in usage["instructions"] if name.startswith("LDG.E") and not name.endswith(".128")}
+        assert not assert_fast(name, usage, exempt=single), (name, usage)  # addresses, and a rate on the device
+        assert sum(usage["instructions"].values()) <= 20 * 8, (name, usage)
