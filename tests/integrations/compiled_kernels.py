@@ -25,6 +25,7 @@ INTEGERS = (
     "x_col",
     "stack",
     "size",
+    "tiles",
 )  # what a kernel is given; all else is float32
 
 
@@ -115,6 +116,10 @@ def delta_momentum():
     yield "squares", passes._squares_kernel, {"WIDE": True, "ALIGNED": True, **tiles}, options, dtypes
     tiles, options = split({**passes._OPERANDS, "num_stages": 3})
     yield "operands", passes._operands_kernel, {"WIDE": False, "ALIGNED": True, **tiles}, options, dtypes
+    tiles, options = split(passes._FACTORS)
+    for soft in (True, False):
+        constants = {"SOFT": soft, "SIGN": -1.0, "TINY": 1e-38, **tiles}
+        yield f"factors {soft=}", passes._factors_kernel, constants, options, {"squares_ptr": "fp64"}
     for size, wide, short, on_device in (
         ("_LARGE", True, True, False),
         ("_LARGE", False, True, False),
@@ -150,7 +155,49 @@ def descend():
         yield f"descend {on_device=}", op._descend_kernel, constants, options, {"table_ptr": "i64"} | dtypes
 
 
-OPS = {make.__name__: make for make in (deep_momentum, symmetric_product, delta_momentum, momentum, descend)}
+def frobenius():
+    """Likewise: sums over tiles, and the sums of those."""
+    from deep_optim.ops import frobenius as op
+
+    tiles, options = split(op._TILE)
+    yield "squares", op._squares_kernel, tiles, options, {"sums_ptr": "fp64"}
+    yield "norm", op._norm_kernel, {"TINY": 1e-38, "BLOCK": 256}, {"num_warps": 4}, {"sums_ptr": "fp64"}
+
+
+def gram_polynomial():
+    """Likewise: with a product and without."""
+    from deep_optim.ops import gram_polynomial as op
+
+    tiles, options = split(op._BLOCK)
+    low = dict.fromkeys(("product_ptr", "gram_ptr", "out_ptr"), "bf16")
+    for factor in (True, False):
+        yield f"stage {factor=}", op._stage_kernel, {"FACTOR": factor, **tiles}, options, low
+
+
+def mixed_descent():
+    """Likewise: the rows' squares, and the descent by a rate on the host and one on the device."""
+    from deep_optim.ops import mixed_descent as op
+
+    low = {"table_ptr": "i64", "fast_ptr": "fp16"}
+    tiles, options = split(op._ROWS)
+    yield "rows", op._mixed_squares_kernel, {"ALIGNED": True, **tiles}, options, low
+    tiles, options = split(op._TILE)
+    for on_device, dtypes in ((False, low), (True, low | {"lr": "fp32"})):
+        constants = {"LR_ON_DEVICE": on_device, "ALIGNED": True, **tiles}
+        yield f"descent {on_device=}", op._mixed_descent_kernel, constants, options, dtypes
+
+
+MAKERS = (
+    deep_momentum,
+    symmetric_product,
+    delta_momentum,
+    momentum,
+    descend,
+    frobenius,
+    gram_polynomial,
+    mixed_descent,
+)
+OPS = {make.__name__: make for make in MAKERS}
 
 
 def compiled(op, cache):
