@@ -22,6 +22,14 @@ if HAS_TRITON:
             pointer = tl.multiple_of(pointer, 16)
         return pointer
 
+    @triton.jit
+    def block_of(size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Which matrix of a stack a program works on, at which BLOCK of its `size` entries, and which of these exist."""
+        tiles = tl.cdiv(size, BLOCK)
+        program = tl.program_id(0).to(tl.int64)  # one axis: the others end at 65535; int64: stack · size is large
+        at = program % tiles * BLOCK + tl.arange(0, BLOCK)
+        return program // tiles, at, at < size
+
 
 def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
     """Return whether kernels may go by the addresses of these tensors.

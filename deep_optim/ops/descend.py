@@ -65,7 +65,7 @@ def descend_reference(
 
 
 if HAS_TRITON:
-    from .addresses import matrix_at
+    from .addresses import block_of, matrix_at
 
     @triton.jit
     def _descend_kernel(  # type: ignore[no-untyped-def]
@@ -73,11 +73,7 @@ if HAS_TRITON:
         LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """BLOCK entries of one parameter. Rounded where torch rounds: compiled without fusing products and sums."""
-        tiles = tl.cdiv(size, BLOCK)
-        program = tl.program_id(0).to(tl.int64)  # int64: stack · size is large
-        batch = program // tiles
-        at = program % tiles * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
+        batch, at, mask = block_of(size, BLOCK)
         if LR_ON_DEVICE:
             lr = tl.load(lr).to(tl.float32)
             kept = 1 - lr * weight_decay

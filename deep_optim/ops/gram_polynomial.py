@@ -50,6 +50,7 @@ def stage_reference(
 
 
 if HAS_TRITON:
+    from .addresses import block_of
 
     @triton.jit
     def _stage_kernel(  # type: ignore[no-untyped-def]
@@ -58,11 +59,7 @@ if HAS_TRITON:
     ):  # fmt: skip
         """BLOCK entries of one matrix."""
         size = p * p
-        tiles = tl.cdiv(size, BLOCK)
-        program = tl.program_id(0).to(tl.int64)  # int64: batch · p · p is large
-        batch = program // tiles
-        at = program % tiles * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
+        batch, at, mask = block_of(size, BLOCK)
         result = tl.load(linear_ptr + batch) * tl.load(gram_ptr + batch * size + at, mask=mask, other=0.0).to(
             tl.float32
         )

@@ -82,7 +82,7 @@ def _takes_triton(fast: Tensor, others: Sequence[Tensor], backend: Backend) -> b
 
 
 if HAS_TRITON:
-    from .addresses import matrix_at
+    from .addresses import block_of, matrix_at
 
     @triton.jit
     def _mixed(fast_ptr, slow_ptr, share, at, mask):  # type: ignore[no-untyped-def]
@@ -115,11 +115,7 @@ if HAS_TRITON:
     ):  # fmt: skip
         """BLOCK entries of one parameter."""
         size = m * n
-        tiles = tl.cdiv(size, BLOCK)
-        program = tl.program_id(0).to(tl.int64)  # int64: stack · m · n is large
-        batch = program // tiles
-        at = program % tiles * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
+        batch, at, mask = block_of(size, BLOCK)
         if LR_ON_DEVICE:
             lr = tl.load(lr).to(tl.float32)
         share = tl.load(share_ptr + batch)

@@ -61,7 +61,7 @@ def momentum_reference(
 
 
 if HAS_TRITON:
-    from .addresses import matrix_at
+    from .addresses import block_of, matrix_at
 
     @triton.jit
     def _momentum_kernel(  # type: ignore[no-untyped-def]
@@ -69,11 +69,7 @@ if HAS_TRITON:
         NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """BLOCK entries of one memory. Rounded where torch rounds: compiled without fusing products and sums."""
-        tiles = tl.cdiv(size, BLOCK)
-        program = tl.program_id(0).to(tl.int64)  # int64: stack · size is large
-        batch = program // tiles
-        at = program % tiles * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
+        batch, at, mask = block_of(size, BLOCK)
         grad = tl.load(matrix_at(table_ptr, batch, ALIGNED) + at, mask=mask, other=0.0)
         written = -grad if MAXIMIZE else grad
         memory_ptr = matrix_at(table_ptr, stack + batch, ALIGNED)
