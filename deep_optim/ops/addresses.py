@@ -24,7 +24,7 @@ if HAS_TRITON:
 
     @triton.jit
     def block_of(size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Which matrix of a stack a program works on, at which BLOCK of its `size` entries, and which of these exist."""
+        """Which matrix of a stack a program works on, at which BLOCK of its `size` entries, which of these exist."""
         tiles = tl.cdiv(size, BLOCK)
         program = tl.program_id(0).to(tl.int64)  # one axis: the others end at 65535; int64: stack · size is large
         at = program % tiles * BLOCK + tl.arange(0, BLOCK)
