@@ -5,6 +5,7 @@ import torch
 from torch.nn import Parameter
 
 from cases import CASES, Case
+from deep_optim import DMGD, M3, DeltaMomentum, Momentum
 from deep_optim.ops import addresses, delta_momentum, descend, mixed_descent, momentum
 from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.optimizers import m3
@@ -60,3 +61,28 @@ def test_both_take_the_same_steps(case: Case, triton_device, monkeypatch):
         assert (our - other).norm() <= tolerance * (other - begin).norm()
         for name, value in first.state[our].items():
             torch.testing.assert_close(value, second.state[other][name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("output", ["newton_schulz", "identity"])
+@pytest.mark.parametrize("cls", [Momentum, DeltaMomentum, DMGD, M3], ids=lambda cls: cls.__name__)
+def test_an_equation_of_ones_own_is_not_passed_over(cls, output, triton_device, monkeypatch):
+    """A subclass that overrides `update` or `features` is stepped by what it says."""
+
+    class Own(cls):
+        def update(self, written, state, group):
+            seen.append("update")
+            return super().update(written, state, group)
+
+    class Features(cls):
+        def features(self, grad, state, group):
+            seen.append("features")
+            return super().features(grad, state, group)
+
+    by_kernels(monkeypatch, True)
+    options = {} if cls is M3 else {"output": output}
+    for own in (Own, Features):
+        seen = []
+        param = Parameter(torch.ones(6, 4, device=triton_device))
+        param.grad = torch.ones_like(param)
+        own([param], **options).step()
+        assert seen

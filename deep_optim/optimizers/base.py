@@ -56,6 +56,12 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     in_place: ClassVar[tuple[str, ...]] = ()  # names of state that `write_in_place` writes
     _loads: Loads  # of the step under way
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with an equation of its own does not inherit the kernels of another's."""
+        super().__init_subclass__(**kwargs)
+        if {"features", "update"} & vars(cls).keys() and "write_in_place" not in vars(cls):
+            cls.write_in_place = MemoryOptimizer.write_in_place  # type: ignore[method-assign]
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.check_group({**self.group_defaults, **defaults})
         super().__init__(params, defaults)

@@ -195,6 +195,7 @@ class DeltaMomentum(MemoryOptimizer):
         grads = [param.grad for param in params if param.grad is not None]  # all have one
         memories = [self.state[param]["memory"] for param in params]
         plain = group["inner_lr"] == 0 or group["output"] != "identity"
+        plain |= type(self).write_in_place is not DeltaMomentum.write_in_place  # a class with another equation
         if plain or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
             return

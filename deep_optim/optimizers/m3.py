@@ -254,12 +254,12 @@ class M3(MemoryOptimizer):
         default = bool(slow) and group["mix"] == "post" and group["second_moment"] == "row"
         grads = [param.grad for param in params if param.grad is not None]  # all have one
         memories = [state["memory"] for state in states]
-        if not default or not addressable((*params, *grads, *memories, *slow), "auto"):
+        fits = default and addressable((*params, *grads, *memories, *slow), "auto")
+        direction = self.write_in_place(grads, states, group) if fits else None
+        if direction is None:
             super()._step_stack(group, params)
             return
         count_step(states)
-        direction = write_momentum(grads, states, group)
-        assert direction is not None  # all are addressable
         fast = orthogonalise(direction, group, cast=False)  # [B, m, n]
         steps = [as_matrices(state["step"], grads[0], matrix_shape(grads[0], group)) for state in states]
         step = stack(steps).to(direction)
