@@ -156,7 +156,7 @@ def test_matches_the_reference_for_all_options(shape, options, triton_device):
 def test_the_rate_is_read_where_it_is(triton_device, monkeypatch):
     """From a tensor of the device in the kernel; the interpreter's device is the CPU, whose tensors are read before."""
     lr = torch.tensor(0.3, device=triton_device)
-    monkeypatch.setattr(passes, "on_device", lambda lr: lr)
+    monkeypatch.setattr(passes, "on_device", lambda lr, device: lr)
     assert_matches(make((1, 6, 4), device=triton_device), (1, 6, 4), lr=lr)
 
 

@@ -35,7 +35,7 @@ def test_is_the_equation(lr):
 def test_the_kernel_rounds_where_torch_rounds(shape, lr, weight_decay, triton_device, monkeypatch):
     """Bit for bit on a GPU; the interpreter has no fused product and sum. Its device is the CPU, whose rates are read
     before the launch, so that it is told not to."""
-    monkeypatch.setattr(module, "on_device", lambda number: number)
+    monkeypatch.setattr(module, "on_device", lambda number, device: number)
     lr = lr.to(triton_device) if isinstance(lr, torch.Tensor) else lr
     (params, direction), (others, _) = make(shape, device=triton_device), make(shape, device=triton_device)
     kept = direction.clone()
@@ -91,4 +91,6 @@ def test_an_explicit_request_never_falls_back(triton_device):
         descend(params, direction.double(), lr=0.1, weight_decay=0.0, backend="triton")
     with pytest.raises(ValueError, match="'cuda'"):
         descend(params, direction, lr=0.1, weight_decay=0.0, backend="cuda")
+    with pytest.raises(RuntimeError, match="a direction"):
+        descend(params, direction[:2], lr=0.1, weight_decay=0.0, backend="triton")
     assert all(map(torch.equal, params, before))

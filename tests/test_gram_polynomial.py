@@ -56,3 +56,29 @@ def test_the_operands_are_not_written():
     kept = gram.clone(), square.clone()
     gram_polynomial(gram, square, coefficients(5))
     assert torch.equal(gram, kept[0]) and torch.equal(square, kept[1])
+
+
+@needs_triton
+def test_views_and_expanded_coefficients_are_read_as_what_they_are(triton_device):
+    """A Gram is half of a wider product; a coefficient may be one for all."""
+    gram, square = make(6, triton_device, torch.float32)
+    wide = torch.cat([torch.zeros_like(gram), gram], -1)[..., 6:]
+    shared = [torch.full((1, 1, 1), c, device=triton_device).expand(3, 1, 1) for c in (0.5, -2.0, 3.0)]
+    ours = gram_polynomial(wide, square, shared, backend="triton")
+    torch.testing.assert_close(ours, gram_polynomial(gram, square, shared, backend="reference"))
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_half_precision_is_rounded_once(count, triton_device):
+    gram, square = make(6, triton_device, torch.float16)
+    numbers = coefficients(count, triton_device, torch.float32)
+    ours, plain = (gram_polynomial(gram, square, numbers, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-3)
+    assert ours.dtype == torch.float16
+
+
+def test_one_coefficient_is_refused():
+    gram, square = make(4)
+    with pytest.raises(ValueError, match="two coefficients"):
+        gram_polynomial(gram, square, coefficients(1))

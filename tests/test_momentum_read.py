@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deep_optim.ops.backend import HAS_TRITON
+from deep_optim.ops.backend import HAS_TRITON, use_triton
 from deep_optim.ops.momentum import momentum_read
 from large_results import LargeResults
 from test_delta_momentum_triton import unaligned
@@ -80,3 +80,32 @@ def test_an_explicit_request_never_falls_back(triton_device):
         momentum_read(grads, [memory.double() for memory in memories], decay=0.9, backend="triton")
     with pytest.raises(ValueError, match="'cuda'"):
         momentum_read(grads, memories, decay=0.9, backend="cuda")
+
+
+@needs_triton
+def test_memories_of_another_size_are_never_written_by_address(triton_device):
+    """As after a parameter was resized: the kernel would write beyond the end."""
+    grads, _ = make((12, 4), device=triton_device)
+    _, memories = make((6, 4), device=triton_device)
+    with pytest.raises(RuntimeError, match="one size"):
+        momentum_read(grads, memories, decay=0.9, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_read_is_float32_whatever_the_default_is(dtype, triton_device):
+    grads, memories = make((6, 4), device=triton_device)
+    torch.set_default_dtype(dtype)
+    try:
+        assert momentum_read(grads, memories, decay=0.9, backend="triton").dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_environment_can_turn_the_kernels_off(monkeypatch):
+    """Wherever nobody asks for them: on a GPU whose host has no compiler."""
+    tensor = torch.zeros(3)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    assert use_triton("auto", tensor) == HAS_TRITON
+    monkeypatch.setenv("DEEP_OPTIM_TRITON", "0")
+    assert not use_triton("auto", tensor)

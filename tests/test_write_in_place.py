@@ -66,7 +66,7 @@ def test_both_take_the_same_steps(case: Case, triton_device, monkeypatch):
 @pytest.mark.parametrize("output", ["newton_schulz", "identity"])
 @pytest.mark.parametrize("cls", [Momentum, DeltaMomentum, DMGD, M3], ids=lambda cls: cls.__name__)
 def test_an_equation_of_ones_own_is_not_passed_over(cls, output, triton_device, monkeypatch):
-    """A subclass that overrides `update` or `features` is stepped by what it says."""
+    """A subclass that overrides `update`, `features` or `output` is stepped by what it says."""
 
     class Own(cls):
         def update(self, written, state, group):
@@ -78,11 +78,32 @@ def test_an_equation_of_ones_own_is_not_passed_over(cls, output, triton_device, 
             seen.append("features")
             return super().features(grad, state, group)
 
+    class Output(cls):
+        def output(self, direction, written, state, group):
+            seen.append("output")
+            return super().output(direction, written, state, group)
+
     by_kernels(monkeypatch, True)
     options = {} if cls is M3 else {"output": output}
-    for own in (Own, Features):
+    for own in (Own, Features, Output):
         seen = []
         param = Parameter(torch.ones(6, 4, device=triton_device))
         param.grad = torch.ones_like(param)
         own([param], **options).step()
         assert seen
+
+
+def test_memories_that_an_option_left_without_a_slow_one_are_stepped_apart(triton_device, monkeypatch):
+    """M3 whose alpha became 0 before one parameter had its first gradient: it is another kind of memory."""
+    for wanted in (True, False):
+        by_kernels(monkeypatch, wanted)
+        params = [Parameter(torch.ones(6, 4, device=triton_device)) for _ in range(2)]
+        optimizer = M3(params, lr=0.1)
+        for step in range(3):
+            params[0].grad = gradient(params[0], step, 0).to(triton_device)
+            if step == 2:
+                optimizer.param_groups[0]["alpha"] = 0.0
+                params[1].grad = gradient(params[1], step, 1).to(triton_device)
+            optimizer.step()
+        assert "slow.answer" in optimizer.state[params[0]] and "slow.answer" not in optimizer.state[params[1]]
+        assert not torch.equal(params[1], torch.ones_like(params[1]))

@@ -32,14 +32,20 @@ if HAS_TRITON:
 
 
 def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
-    """Return whether kernels may go by the addresses of these tensors.
+    """Return whether kernels may go by the addresses of these tensors: contiguous, of one size and on one device.
 
-    Not under torch.compile, nor for subclasses such as DTensor or what is not contiguous.
+    Not under torch.compile, nor for subclasses such as DTensor.
     """
-    if (backend == "auto" and tensors[0].is_cpu) or torch.compiler.is_compiling():
+    first = tensors[0]
+    if (backend == "auto" and first.is_cpu) or torch.compiler.is_compiling():
         return False
-    plain = all(type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() for tensor in tensors)
-    return plain and use_triton(backend, *tensors)
+    numel, device = first.numel(), first.device
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, Parameter) or not tensor.is_contiguous():
+            return False
+        if tensor.numel() != numel or tensor.device != device:
+            return False
+    return use_triton(backend, *tensors)
 
 
 def addresses(tensors: Sequence[Tensor], split: int = 1) -> tuple[Tensor, bool]:
@@ -55,9 +61,11 @@ def addresses(tensors: Sequence[Tensor], split: int = 1) -> tuple[Tensor, bool]:
     return _kept_table(found, device, torch.cuda.current_stream(device).cuda_stream), aligned
 
 
-def on_device(number: float | Tensor) -> float | Tensor:
+def on_device(number: float | Tensor, device: torch.device) -> float | Tensor:
     """Return a number, or a tensor of the device; one on the host is read there, which waits for nothing."""
-    return number.item() if isinstance(number, Tensor) and not number.is_cuda else number
+    if not isinstance(number, Tensor):
+        return number
+    return number.to(device) if number.is_cuda else number.item()
 
 
 def _table(found: tuple[int, ...], device: torch.device) -> Tensor:

@@ -26,8 +26,8 @@ __all__ = ["HAS_TRITON", "Backend", "on_device_of", "tl", "triton", "use_triton"
 def use_triton(backend: Backend, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Return whether to take the Triton path.
 
-    "auto" takes it for plain CUDA tensors of the kernel's dtypes that need no gradient; an explicit request never
-    falls back in silence.
+    "auto" takes it for plain CUDA tensors of the kernel's dtypes that need no gradient, and never where the environment
+    has DEEP_OPTIM_TRITON=0; an explicit request never falls back in silence.
 
     Args:
         backend: "auto", "reference" or "triton".
@@ -45,7 +45,8 @@ def use_triton(backend: Backend, *tensors: Tensor, dtypes: tuple[torch.dtype, ..
     plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)  # a subclass may have no memory of its own
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if backend == "auto":
-        return HAS_TRITON and on_cuda and in_dtypes and plain and not needs_grad
+        wanted = os.environ.get("DEEP_OPTIM_TRITON") != "0"
+        return HAS_TRITON and wanted and on_cuda and in_dtypes and plain and not needs_grad
     if backend == "triton":
         if needs_grad:
             raise RuntimeError("backend='triton' has no backward; use backend='reference' where gradients are needed")

@@ -114,7 +114,8 @@ def _implementation(tensors: Sequence[Tensor], rule: DeltaRule, backend: Backend
         return delta_momentum_triton
     if backend == "triton":
         raise RuntimeError(
-            f"backend='triton' needs plain, contiguous tensors, and features it has; got {rule.features!r}"
+            "backend='triton' needs plain, contiguous tensors of one size on one device, and features it has; "
+            f"got {rule.features!r}"
         )
     return delta_momentum_reference
 

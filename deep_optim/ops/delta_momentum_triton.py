@@ -233,8 +233,8 @@ def delta_momentum_triton(
     a, k = operands.mT if m < n else operands  # [B, r, p]
     short, long = rule.short_and_long()
     s, q, rate = _small_products(a, k, short, long, rule.inner_steps, rule.gram_norm)
-    lr = on_device(lr)
-    direction = torch.empty(stack, m, n, device=device) if params is None else None
+    lr = on_device(lr, device)
+    direction = torch.empty(stack, m, n, dtype=torch.float32, device=device) if params is None else None
     blocks = _LARGE if p > _SMALL["BLOCK_P"] else _SMALL
     tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(p, blocks["BLOCK_P"])
     with on_device_of(operands):

@@ -39,10 +39,14 @@ def descend(
         RuntimeError: for "triton" where not all is.
     """
     plain = type(direction) is Tensor and direction.is_contiguous() and direction.dtype in _DIRECTIONS
-    if plain and addressable(params, backend):
-        _descend_triton(params, direction, on_device(lr), weight_decay)
+    fits = plain and direction.numel() == len(params) * params[0].numel() and direction.device == params[0].device
+    if fits and addressable(params, backend):
+        _descend_triton(params, direction, on_device(lr, direction.device), weight_decay)
     elif backend == "triton":
-        raise RuntimeError("backend='triton' needs plain, contiguous tensors, and no directions in float64")
+        raise RuntimeError(
+            "backend='triton' needs plain, contiguous tensors of one size on one device, and for each of them a "
+            "direction, not in float64"
+        )
     else:
         directions = [d.reshape(p.shape) for d, p in zip(direction.chunk(len(params)), params, strict=True)]
         descend_reference(params, directions, lr, weight_decay)

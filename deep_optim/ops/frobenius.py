@@ -24,8 +24,8 @@ def frobenius_norm(matrix: Tensor, *, backend: Backend = "auto") -> Tensor:  # [
     """
     if matrix.is_cpu and backend == "auto":  # most calls, and the quickest to answer
         return frobenius_norm_reference(matrix)
-    fits = matrix.is_contiguous() and matrix.numel() > 0 and not torch.compiler.is_compiling()
-    if (fits or backend == "triton") and use_triton(backend, matrix):
+    fits = matrix.is_contiguous() and not torch.compiler.is_compiling()
+    if (fits or backend == "triton") and use_triton(backend, matrix) and matrix.numel():
         return _frobenius_norm_triton(matrix.contiguous())
     return frobenius_norm_reference(matrix)
 

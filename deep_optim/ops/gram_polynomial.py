@@ -19,14 +19,23 @@ _BLOCK = {"BLOCK": 2048, "num_warps": 8}
 def gram_polynomial(
     gram: Tensor,  # G [B, p, p]
     square: Tensor,  # G² [B, p, p], read where there are three coefficients or more
-    coefficients: list[Tensor],  # [B, 1, 1] each, lowest degree first
+    coefficients: list[Tensor],  # [B, 1, 1] each, lowest degree first; two or more
     *,
     backend: Backend = "auto",
 ) -> Tensor:  # [B, p, p], the dtype of `gram`
-    """Return T(G); see the module docstring. Costs a product of p × p matrices for every two degrees beyond three."""
-    eager = not torch.compiler.is_compiling() and gram.is_contiguous() and square.is_contiguous()
-    triton = (eager or backend == "triton") and use_triton(backend, gram, square, dtypes=_DTYPES)
+    """Return T(G); see the module docstring. Costs a product of p × p matrices for every two degrees beyond three.
+
+    Raises:
+        ValueError: for fewer than two coefficients.
+        RuntimeError: if "triton" was asked for where Triton cannot run.
+    """
+    if len(coefficients) < 2:
+        raise ValueError(f"gram_polynomial takes two coefficients or more, got {len(coefficients)}")
+    eager = backend == "triton" or not (gram.is_cpu or torch.compiler.is_compiling())
+    triton = eager and use_triton(backend, gram, square, dtypes=_DTYPES)
     stage = _stage_triton if triton else stage_reference
+    if triton:
+        gram, square = gram.contiguous(), square.contiguous()
     coefficients = list(coefficients)
     factor = coefficients.pop() if len(coefficients) % 2 else None  # of G², the first P
     result = square
@@ -58,7 +67,7 @@ if HAS_TRITON:
         p, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """BLOCK entries of one matrix."""
-        size = p * p
+        size = tl.cast(p, tl.int64) * p
         batch, at, mask = block_of(size, BLOCK)
         result = tl.load(linear_ptr + batch) * tl.load(gram_ptr + batch * size + at, mask=mask, other=0.0).to(
             tl.float32
@@ -72,9 +81,13 @@ if HAS_TRITON:
 
 def _stage_triton(product: Tensor, gram: Tensor, factor: Tensor | None, linear: Tensor, constant: Tensor) -> Tensor:
     out, p = torch.empty_like(gram), gram.shape[-1]
+    factor, linear, constant = (
+        factor if factor is None else factor.contiguous(),
+        linear.contiguous(),
+        constant.contiguous(),
+    )
     with on_device_of(gram):
         _stage_kernel[(len(gram) * triton.cdiv(p * p, _BLOCK["BLOCK"]),)](
-            product, gram, factor, linear.contiguous(), constant.contiguous(), out, p, FACTOR=factor is not None,
-            **_BLOCK,
-        )  # fmt: skip
+            product, gram, factor, linear, constant, out, p, FACTOR=factor is not None, **_BLOCK
+        )
     return out

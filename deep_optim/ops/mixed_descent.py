@@ -36,7 +36,7 @@ def mixed_squares(
         share: the slow answer's share of the mix, 0 to 1.
         backend: "auto", "reference" or "triton".
     """
-    if _takes_triton(fast, slow, backend):
+    if _takes_triton(fast, slow, len(slow), share, backend):
         return _mixed_squares_triton(fast, slow, share)
     return mix(fast, slow, share).square().sum(-1, keepdim=True)
 
@@ -60,8 +60,8 @@ def mixed_descent(
         lr: step size; from a tensor on the device it is read there.
         weight_decay: decoupled, multiplied by `lr`.
     """
-    if _takes_triton(fast, [*slow, *params], backend):
-        _mixed_descent_triton(params, fast, slow, share, weight, on_device(lr), weight_decay)
+    if _takes_triton(fast, [*slow, *params], len(slow), share, backend):
+        _mixed_descent_triton(params, fast, slow, share, weight, on_device(lr, fast.device), weight_decay)
     else:
         descend(params, weight * mix(fast, slow, share), lr=lr, weight_decay=weight_decay)
 
@@ -72,12 +72,16 @@ def mix(fast: Tensor, slow: Sequence[Tensor], share: Tensor) -> Tensor:
     return fast.to(answers.dtype).lerp(answers, share)
 
 
-def _takes_triton(fast: Tensor, others: Sequence[Tensor], backend: Backend) -> bool:
+def _takes_triton(fast: Tensor, others: Sequence[Tensor], count: int, share: Tensor, backend: Backend) -> bool:
     plain = type(fast) is Tensor and fast.is_contiguous() and fast.dtype != torch.float64
-    if plain and addressable(others, backend):
+    fits = plain and share.shape == (len(fast), 1, 1) and fast.device == share.device == others[0].device
+    if fits and fast.numel() == count * others[0].numel() and addressable(others, backend):
         return True
     if backend == "triton":
-        raise RuntimeError("backend='triton' needs plain, contiguous tensors, and no answers in float64")
+        raise RuntimeError(
+            "backend='triton' needs plain, contiguous tensors of one size on one device, together as large as the "
+            "stack, a share for each of its matrices, and no answers in float64"
+        )
     return False
 
 
@@ -114,7 +118,7 @@ if HAS_TRITON:
         LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """BLOCK entries of one parameter."""
-        size = m * n
+        size = tl.cast(m, tl.int64) * n
         batch, at, mask = block_of(size, BLOCK)
         if LR_ON_DEVICE:
             lr = tl.load(lr).to(tl.float32)

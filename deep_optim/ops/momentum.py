@@ -44,7 +44,7 @@ def momentum_read(
     if addressable((*grads, *memories), backend):
         return _momentum_triton(grads, memories, decay, nesterov, maximize)
     if backend == "triton":
-        raise RuntimeError("backend='triton' needs plain, contiguous tensors")
+        raise RuntimeError("backend='triton' needs plain, contiguous tensors of one size on one device")
     return momentum_reference(grads, memories, decay, nesterov, maximize)
 
 
@@ -84,7 +84,7 @@ def _momentum_triton(
 ) -> Tensor:
     stack, size = len(grads), grads[0].numel()
     table, aligned = addresses((*grads, *memories))
-    direction = torch.empty(stack, size, device=grads[0].device)
+    direction = torch.empty(stack, size, dtype=torch.float32, device=grads[0].device)
     with on_device_of(direction):
         _momentum_kernel[(stack * triton.cdiv(size, _BLOCK["BLOCK"]),)](
             table, direction, stack, size, decay, NESTEROV=nesterov, MAXIMIZE=maximize, ALIGNED=aligned,

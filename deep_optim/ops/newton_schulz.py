@@ -22,6 +22,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .frobenius import frobenius_norm
 from .one_stack import one_stack
@@ -45,6 +46,8 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 _DAMPING = 1.01
+
+_EASY = (2.0**-8, 2.0**10)  # scales that float16 bears: the optimizers' is 0.2 √max(m, n)
 
 _GATHERED: dict[str, int] = {"muon": 2, "polar_express": 1}  # steps in Gram form
 _LONG = 2  # ratio of the sides from which gathering pays; by counting products, 1.5
@@ -73,7 +76,8 @@ def newton_schulz(
         steps: iterations; 5 is Muon's choice.
         coefficients: "muon" (one polynomial, fast and loose) or "polar_express" (the best polynomial of each step,
             which converges: 7 steps bring all above 1e-3 within 1e-5 of 1, in float32).
-        scale: of the result; it rides on the last iteration and costs nothing.
+        scale: of the result; it rides on the last iteration and costs nothing. Beyond 2^-8 to 2^10 float16 takes one
+            pass more for it, and returns the dtype of `matrix`.
         dtype: working precision; by default float16 on accelerators, bfloat16 on CPUs that multiply it natively,
             float32 on other CPUs, float64 for float64 matrices. A norm of 1 needs none of bfloat16's range, and float16
             has 3 bits more.
@@ -84,9 +88,10 @@ def newton_schulz(
     """
     if matrix.ndim < 2:
         raise ValueError(f"newton_schulz takes matrices [..., m, n], got a tensor of shape {tuple(matrix.shape)}")
-    *polynomials, (a, b, c) = _polynomials(coefficients, steps)
-    polynomials.append((scale * a, scale * b, scale * c))
     dtype = dtype or _working_dtype(matrix)
+    early = scale if _EASY[0] <= abs(scale) <= _EASY[1] or dtype != torch.float16 else 1.0
+    *polynomials, (a, b, c) = _polynomials(coefficients, steps)
+    polynomials.append((early * a, early * b, early * c))
     if matrix.numel() == 0:
         return matrix.clone() if cast else matrix.to(dtype)
     m, n = matrix.shape[-2:]
@@ -95,6 +100,8 @@ def newton_schulz(
     for start in range(0, steps, gathered):
         x = _iterate(x, polynomials[start : start + gathered])
     x = x.reshape(matrix.shape)
+    if early != scale:
+        return x.to(matrix.dtype) * scale
     return x.to(matrix.dtype) if cast else x
 
 
@@ -102,25 +109,44 @@ def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor
     """Apply one polynomial, or two in Gram form."""
     tall = x.shape[-2] > x.shape[-1]  # X Z with A = XᵀX, so that nothing is transposed
     gram = symmetric_product(x.mT if tall else x)  # A [B, p, p]
-    z = _polynomial(gram, polynomials[0])
-    if len(polynomials) == 2:
-        gram = torch.bmm(torch.bmm(z, gram), z)  # Z A Z
-        z = torch.bmm(_polynomial(gram, polynomials[1]), z)  # Z′ Z
-    return torch.bmm(x, z) if tall else torch.bmm(z, x)
+    part, a = _polynomial(gram, polynomials[0])
+    if len(polynomials) == 1:
+        return _right(x, part, a) if tall else _left(part, a, x)
+    gram = _right(_left(part, a, gram), part, a)  # Z A Z
+    second, b = _polynomial(gram, polynomials[1])
+    if a:
+        part = part.clone()  # autograd still needs the part
+        part.diagonal(dim1=-2, dim2=-1).add_(a)
+    product = _left(second, b, part)  # Z′ Z
+    return torch.bmm(x, product) if tall else torch.bmm(product, x)
 
 
-def _polynomial(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:  # A [B, p, p] -> Z [B, p, p]
-    """Return a I + b A + c A², by A = Aᵀ."""
+def _polynomial(gram: Tensor, coefficients: tuple[float, float, float]) -> tuple[Tensor, float]:
+    """Return P [B, p, p] and α for Z = α I + P = a I + b A + c A², by A = Aᵀ.
+
+    In bfloat16, of whose 8 bits it would take 2 from the rest, a stays out of P. Elsewhere it is in: α = 0.
+    """
     a, b, c = coefficients
-    return symmetric_product(gram, add=gram, alpha=c, beta=b, diagonal=a)
+    apart = a if gram.dtype == torch.bfloat16 else 0.0
+    return symmetric_product(gram, add=gram, alpha=c, beta=b, diagonal=a - apart), apart
+
+
+def _left(part: Tensor, a: float, y: Tensor) -> Tensor:
+    """Return (a I + P) Y; baddbmm copies Y first."""
+    return torch.baddbmm(y, part, y, beta=a) if a else torch.bmm(part, y)
+
+
+def _right(y: Tensor, part: Tensor, a: float) -> Tensor:
+    """Return Y (a I + P)."""
+    return torch.baddbmm(y, y, part, beta=a) if a else torch.bmm(y, part)
 
 
 def _unit(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return M / ‖M‖_F in `dtype`: rounded in the same pass, where autograd does not have to see it."""
+    """Return M / ‖M‖_F in `dtype`; on a GPU rounded in the same pass, where no derivative is asked for."""
     norm = frobenius_norm(matrix)
-    if torch.is_grad_enabled() and matrix.requires_grad:
-        return (matrix / norm).to(dtype)
-    return torch.div(matrix, norm, out=torch.empty(matrix.shape, dtype=dtype, device=matrix.device))
+    if matrix.is_cuda and type(matrix) in (Tensor, Parameter) and not torch.is_grad_enabled():
+        return torch.div(matrix, norm, out=torch.empty(matrix.shape, dtype=dtype, device=matrix.device))
+    return (matrix / norm).to(dtype)
 
 
 def _working_dtype(matrix: Tensor) -> torch.dtype:

@@ -59,7 +59,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A class with an equation of its own does not inherit the kernels of another's."""
         super().__init_subclass__(**kwargs)
-        if {"features", "update"} & vars(cls).keys() and "write_in_place" not in vars(cls):
+        if {"features", "update", "read", "output", "pull"} & vars(cls).keys() and "write_in_place" not in vars(cls):
             cls.write_in_place = MemoryOptimizer.write_in_place  # type: ignore[method-assign]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -119,7 +119,8 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     ) -> Tensor | None:
         """Do what `features` and `update` do without stacks, and return the direction [B, m, n].
 
-        None where it cannot be done, or where the output map or `pull` want to see what is written.
+        None where it cannot be done, or where the output map or `pull` want to see what is written. The memories are
+        written by then: should the output map fail, for want of memory say, the step is not to be made again.
         """
         return None
 
@@ -219,8 +220,13 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         sharded = [param for param in having if can_spread(param, param.grad)]
         if sharded:
             self._step_sharded(group, sharded)
-        for members in stacks([param for param in having if not can_spread(param, param.grad)]):
-            self._step_stack(group, members)
+        alike: dict[Any, list[Tensor]] = {}  # by the names of their state, which options may have changed between
+        for param in having:
+            if not can_spread(param, param.grad):
+                alike.setdefault(tuple(self.state[param]), []).append(param)
+        for members in alike.values():
+            for stacked in stacks(members):
+                self._step_stack(group, stacked)
 
     def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Step parameters of one shape; with m × n matrices and B = split · len(params), all is [B, m, n]."""
@@ -239,13 +245,15 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     ) -> Tensor:  # [B, m, n]
         """Write the gradients into the memories and return what the weights are to be moved against."""
         shape = matrix_shape(grads[0], group)
-        written = read = self.write_in_place(grads, states, group)
+        read = self.write_in_place(grads, states, group)
         done = self.per_parameter if read is None else (*self.per_parameter, *self.in_place)
         names = [name for name in states[0] if name not in done]
         before = {name: stack([as_matrices(state[name], grads[0], shape) for state in states]) for name in names}
         stacked = before | self.observed(params, group)
 
-        if written is None or read is None:
+        if read is not None:
+            written = read  # nobody looks at it
+        else:
             grad = matrices(grads, shape, exact_dtype(grads[0]))
             written = self.features(-grad if group["maximize"] else grad, stacked, group)
             read = self.update(written, stacked, group)

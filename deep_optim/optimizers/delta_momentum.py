@@ -183,8 +183,8 @@ class DeltaMomentum(MemoryOptimizer):
         self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
     ) -> Tensor | None:
         memories = [state["memory"] for state in states]
-        plain = group["inner_lr"] == 0 or group["output"] == "adam"
-        if plain or not fusible((*grads, *memories), group["feature_map"], group["backend"]):
+        unfused = group["inner_lr"] == 0 or group["output"] == "adam"
+        if unfused or not fusible((*grads, *memories), group["feature_map"], group["backend"]):
             return None
         return delta_momentum_read(
             grads, memories, rule_of(group, matrix_shape(grads[0], group)), backend=group["backend"]
@@ -194,9 +194,9 @@ class DeltaMomentum(MemoryOptimizer):
         """Without an output map, kernels take the weights along, where they can."""
         grads = [param.grad for param in params if param.grad is not None]  # all have one
         memories = [self.state[param]["memory"] for param in params]
-        plain = group["inner_lr"] == 0 or group["output"] != "identity"
-        plain |= type(self).write_in_place is not DeltaMomentum.write_in_place  # a class with another equation
-        if plain or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
+        unfused = group["inner_lr"] == 0 or group["output"] != "identity"
+        unfused |= type(self).write_in_place is not DeltaMomentum.write_in_place  # a class with another equation
+        if unfused or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
             return
         rule = rule_of(group, matrix_shape(params[0], group))

@@ -251,7 +251,7 @@ class M3(MemoryOptimizer):
         """The same for the default `mix` and `second_moment`, by kernels where they can: no update is in memory."""
         states = [self.state[param] for param in params]
         slow = [state["slow.answer"] for state in states if "slow.answer" in state]
-        default = bool(slow) and group["mix"] == "post" and group["second_moment"] == "row"
+        default = len(slow) == len(params) and group["mix"] == "post" and group["second_moment"] == "row"
         grads = [param.grad for param in params if param.grad is not None]  # all have one
         memories = [state["memory"] for state in states]
         fits = default and addressable((*params, *grads, *memories, *slow), "auto")
