@@ -400,6 +400,16 @@ def test_skips_only_the_parameter_whose_gradient_is_not_finite(bad):
             assert all(torch.equal(optimizer.state[param][name], state[name]) for name in state)
 
 
+def test_nobody_looks_where_nonfinite_is_ignored(monkeypatch):
+    """Nothing is asked of the device, and the NaN shows: the user said so."""
+    monkeypatch.setattr("deep_optim.optimizers.dmgd._not_finite", None)  # cannot be called
+    params, optimizer, _ = self_made(nonfinite="ignore")
+    set_grads(params, step=3)
+    params[0].grad[0, 0] = float("nan")
+    optimizer.step()
+    assert params[0].isnan().any() and all(param.isfinite().all() for param in params[1:])
+
+
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_a_gradient_whose_norm_alone_overflows_is_not_refused(nonfinite):
     params, optimizer, before = self_made(nonfinite=nonfinite)
@@ -438,7 +448,7 @@ def self_made(**options):
         ({"hidden_dim": math.inf}, "Invalid hidden_dim value: inf"),
         ({"hidden_lr": math.inf}, "Invalid hidden_lr value: inf"),
         ({"backend": "cuda"}, "Invalid backend: 'cuda'"),
-        ({"nonfinite": "ignore"}, "Invalid nonfinite: 'ignore'"),
+        ({"nonfinite": "pass"}, "Invalid nonfinite: 'pass'"),
     ],
     ids=str,
 )

@@ -41,7 +41,7 @@ from .sharding import local, whole
 from .stacks import as_matrices
 from .validation import check_at_least, check_choice, check_count
 
-NonFinite = Literal["raise", "skip"]
+NonFinite = Literal["raise", "skip", "ignore"]
 
 _SEED = 0
 _NAMES = tuple(f"memory.{name}" for name in MLPMemory._fields)
@@ -78,8 +78,10 @@ class DMGD(MemoryOptimizer):
         adamw_eps: AdamW's term in the denominator; likewise.
         nonfinite: what a gradient with a NaN or an infinity does, or one too large to be summed in the state's dtype:
             "raise" before anything has been stepped, or "skip" that parameter in this step. Either way its weights and
-            memory do not change. Both wait for one answer from the device per group; inside a CUDA graph or
-            torch.compile nothing can wait, and the NaN shows in the weights.
+            memory do not change. Both wait for one answer from the device per group, so that on a GPU nothing of the
+            step's host time hides behind the backward pass; inside a CUDA graph or torch.compile nothing can wait.
+            "ignore" does not look, as the other optimizers do not: the NaN shows in the weights, and stays in the
+            memory.
         foreach: use torch's foreach AdamW for what is no matrix.
         maximize: ascend instead.
         capturable: keep counters on the device, so that a CUDA graph can capture the step.
