@@ -20,6 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from deep_optim.ops.newton_schulz import working_dtype
+
 from .device_time import device_time, replay_time
 from .measure import (
     TransientMemory,
@@ -37,7 +39,6 @@ from .timing_plots import draw_step_time
 
 AGAIN = "adamw (again)"
 GRADIENT_SIZE = 1e-3
-LOW = torch.bfloat16  # of the product that the rates are compared with
 
 
 class Layers(nn.Module):
@@ -120,7 +121,7 @@ def main(arguments: list[str]) -> int:
     document: dict[str, Any] = {
         "benchmark": "step_time", "command": command("step_time", arguments), "machine": machine(),
         "versions": versions(), "device": args.device, "rounds": args.rounds,
-        "ceilings": ceilings(args.device, LOW), "shapes": {},
+        "ceilings": ceilings(args.device, working_dtype(torch.empty(1, device=args.device))), "shapes": {},
     }  # fmt: skip
     for shape in args.shapes.split(","):
         console.print(f"timing {', '.join(names)} on {shape} ...", highlight=False)

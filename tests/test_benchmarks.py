@@ -340,7 +340,8 @@ M3_ABLATION = ["--tables", "mix,drift", "--rows", "M3,mix=pre alpha=1.0", "--see
 
 
 @pytest.mark.parametrize("name, options", [("dmgd", ABLATION), ("m3", M3_ABLATION), ("memory", ["--every", "1"])])
-def test_what_is_measured_is_written_and_drawn(name, options, tmp_path):
+def test_what_is_measured_is_written_and_drawn(name, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.tasks.text.VALIDATION_WINDOWS", 16)
     output = tmp_path / "out.json"
     assert command.main([name, "--steps", "2", "--output", str(output), *options]) == 0
     document = json.loads(output.read_text())
