@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deep_optim.ops.descend import descend, descend_reference
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .adamw import adamw_step, init_adamw_state
 from .checkpoint import ExactStateMixin
+from .descent import descend_along, descend_stack
 from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
-from .rounding import COMPENSATION, exact_dtype, from_master, init_compensation, to_master
+from .rounding import COMPENSATION, exact_dtype, init_compensation
 from .sharded_step import entry_by_entry, matrix_by_matrix
-from .sharding import Loads, can_spread, local, local_of, matrix_cost, whole
+from .sharding import Loads, can_spread, matrix_cost, whole
 from .stacks import as_matrices, matrices, stack, stacks, unstack
 from .validation import check_at_least, check_betas, check_choice, check_count, check_lr, check_range
 
@@ -288,28 +288,3 @@ def capturing(param: Tensor) -> bool:
 def only_makes_state(param: Tensor, group: dict[str, Any]) -> bool:
     """Return whether a parameter's first gradient is a checkpointer's, which has state made by zeros at lr = 0."""
     return not capturing(param) and group["lr"] == 0 and not whole(param.grad).any()  # type: ignore[arg-type]
-
-
-def descend_stack(
-    params: list[Tensor], states: list[dict[str, Tensor]], stacked: Tensor, group: dict[str, Any]
-) -> None:
-    """W ← (1 − lr · weight_decay) · W − lr · D, in place, for parameters that share out the stack D."""
-    if any(local(param) is not param for param in params):
-        blocks = stacked.chunk(len(params))
-        directions = [local_of(block.reshape(p.shape), p) for p, block in zip(params, blocks, strict=True)]
-        descend_along(params, states, directions, group)
-        return
-    masters = [to_master(param, state) for param, state in zip(params, states, strict=True)]
-    descend(masters, stacked, lr=group["lr"], weight_decay=group["weight_decay"])
-    for master, param, state in zip(masters, params, states, strict=True):
-        from_master(master, param, state)
-
-
-def descend_along(
-    params: list[Tensor], states: list[dict[str, Tensor]], directions: list[Tensor], group: dict[str, Any]
-) -> None:
-    """The same for this rank's shards of a direction for each parameter."""
-    masters = [to_master(param, state) for param, state in zip(params, states, strict=True)]
-    descend_reference(masters, directions, group["lr"], group["weight_decay"])
-    for master, param, state in zip(masters, params, states, strict=True):
-        from_master(master, param, state)
