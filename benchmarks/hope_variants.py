@@ -91,7 +91,7 @@ def _static(*names: str) -> tuple[str, ...]:
 
 
 VARIANTS: dict[str, Build] = {
-    "hope, whole": hope(),
+    "hope (whole)": hope(),
     "hope - DGD": hope(Adding),
     "hope - weight decay": hope(Keeping, retention=1.0),
     "hope - CMS": without_levels,

@@ -17,7 +17,7 @@ def size(model):
 
 
 def test_the_whole_is_hope():
-    whole, model = VARIANTS["hope, whole"](11, 32, 2), MODELS["hope (short chunks)"](11, 32, 2)
+    whole, model = VARIANTS["hope (whole)"](11, 32, 2), MODELS["hope (short chunks)"](11, 32, 2)
     whole.load_state_dict(model.state_dict())
     tokens = torch.randint(11, (2, 50), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(whole(tokens)[0], model(tokens)[0], rtol=0, atol=0)
@@ -25,7 +25,7 @@ def test_the_whole_is_hope():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_have_the_size_of_the_whole(name):
-    sizes = [size(build(256, 64, 2)) for build in (VARIANTS[name], VARIANTS["hope, whole"])]
+    sizes = [size(build(256, 64, 2)) for build in (VARIANTS[name], VARIANTS["hope (whole)"])]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.015)
 
 
@@ -83,5 +83,5 @@ def test_without_levels_nothing_but_the_titans_learns_in_context():
     for level in after["memory"].values():
         assert not any(weights.any() for weights in level.get("written", {}).values())
     assert before["mixer"]["stack"]["change"].any()
-    levels = VARIANTS["hope, whole"](11, 16, 1)(torch.randint(11, (1, 60)))[1]["0"]["memory"]
+    levels = VARIANTS["hope (whole)"](11, 16, 1)(torch.randint(11, (1, 60)))[1]["0"]["memory"]
     assert all(any(weights.any() for weights in level["written"].values()) for level in levels.values())
