@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def _check(path: Path, package: Package) -> None:
         raise RuntimeError(f"{path} has sha256 {found}, expected {package.sha256}; delete it to download it again")
 
 
+@lru_cache(maxsize=4)  # a search makes its task anew for every trial
 def read_text(corpus: str = "stdlib", data: str | None = None) -> tuple[bytes, bytes]:
     """The training and the validation text, split by file or document so that no document is in both.
 
