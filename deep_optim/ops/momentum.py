@@ -42,7 +42,7 @@ def momentum_read(
         RuntimeError: for "triton" where not all are.
     """
     if addressable((*grads, *memories), backend):
-        return _momentum_triton(grads, memories, decay, nesterov, maximize)
+        return momentum_triton(grads, memories, decay, nesterov, maximize)
     if backend == "triton":
         raise RuntimeError("backend='triton' needs plain, contiguous tensors of one size on one device")
     return momentum_reference(grads, memories, decay, nesterov, maximize)
@@ -79,9 +79,10 @@ if HAS_TRITON:
         tl.store(direction_ptr + batch * size + at, read, mask=mask)
 
 
-def _momentum_triton(
+def momentum_triton(
     grads: Sequence[Tensor], memories: Sequence[Tensor], decay: float, nesterov: bool, maximize: bool
 ) -> Tensor:
+    """The same by the kernel, for tensors that are known to be `addressable`."""
     stack, size = len(grads), grads[0].numel()
     table, aligned = addresses((*grads, *memories))
     direction = torch.empty(stack, size, dtype=torch.float32, device=grads[0].device)

@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 
 from deep_optim.ops.addresses import addressable
 from deep_optim.ops.feature_map import FeatureMap, feature_map
-from deep_optim.ops.momentum import momentum_read
+from deep_optim.ops.momentum import momentum_triton
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer
@@ -141,5 +141,5 @@ def write_momentum(grads: list[Tensor], states: list[dict[str, Tensor]], group: 
     if not addressable((*grads, *memories), "auto"):
         return None
     split, m, n = matrix_shape(grads[0], group)
-    options = {"nesterov": group["nesterov"], "maximize": group["maximize"]}
-    return momentum_read(grads, memories, decay=group["momentum"], **options).reshape(split * len(grads), m, n)
+    direction = momentum_triton(grads, memories, group["momentum"], group["nesterov"], group["maximize"])
+    return direction.reshape(split * len(grads), m, n)
