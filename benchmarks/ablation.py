@@ -1,7 +1,8 @@
 """What each part of an optimizer is worth: one change at a time, at one setting, on the same seeds.
 
 Every row is compared with the reference seed by seed: the mean difference, its standard error and their ratio z. Rows
-are not tuned for themselves: a row that loses may lose by its learning rate.
+are not tuned for themselves: a row that loses may lose by its learning rate. With `--wall ROW` every row is trained
+again, for as many steps as fit into the time of that row's.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .convergence import fitted_steps, step_times
 from .measure import command, machine, versions
 from .optimizers import Setting, find
 from .plots import draw_ablation
@@ -25,6 +27,7 @@ from .trials import Meter, Results, run_trials
 
 DRIFT = "drift"  # the table whose rows are trained on a text that changes its alphabet
 ALPHABETS = 4
+TITLES = {"tables": "at equal steps", "equal_wall": "at equal wall time"}
 
 
 @dataclass(frozen=True)
@@ -50,25 +53,45 @@ class Ablation:
     def main(self, arguments: list[str]) -> int:
         args = self._parse(arguments)
         torch.set_num_threads(1)
+        console = Console(width=None if sys.stdout.isatty() else 120)
         results = Results(args.output, resume=args.resume)
+        task = make_task("text")
+        rows = {table: self._rows(table, args.rows) for table in args.tables}
+        names = list(dict.fromkeys(name for names in rows.values() for name in names))
+        if args.wall and not {*names} <= {*results.document.get("step_time", ())}:
+            console.print("timing one step of each, in shuffled rounds ...")
+            results.document["step_time"] = step_times(task, {name: self._setting(name) for name in names}, args.rounds)
+        lengths = {"tables": dict.fromkeys(names, args.steps)}
+        if args.wall:
+            lengths["equal_wall"] = fitted_steps(results.document["step_time"], args.steps, args.wall)
         trials = {
-            table: {name: self._trials(name, table, args) for name in self._rows(table, args.rows)}
-            for table in args.tables
+            kind: {
+                table: {name: self._trials(name, table, steps[name], args.seeds) for name in rows[table]}
+                for table in rows
+            }
+            for kind, steps in lengths.items()
         }
-        every = list(dict.fromkeys(trial for names in trials.values() for runs in names.values() for trial in runs))
+        every = dict.fromkeys(
+            trial
+            for tables in trials.values()
+            for names in tables.values()
+            for runs in names.values()
+            for trial in runs
+        )
         with Meter(sum(trial.steps for trial in every)) as meter:
             run_trials("ablation", every, results, meter, args.workers)
-        task = make_task("text").describe()
         results.document |= {
             "benchmark": self.name, "command": command(self.name, arguments), "machine": machine(),
             "versions": versions(), "reference": self.reference,
-            "config": {"steps": args.steps, "seeds": args.seeds, **task, "alphabets": ALPHABETS},
-            "tables": {table: self._summarize(names, results) for table, names in trials.items()},
+            "config": {"steps": args.steps, "seeds": args.seeds, **task.describe(), "alphabets": ALPHABETS},
+        } | {
+            kind: {table: self._summarize(names, results) for table, names in tables.items()}
+            for kind, tables in trials.items()
         }  # fmt: skip
         results.save()
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        for table, summary in results.document["tables"].items():
-            console.print(_table(table, summary))
+        for kind in trials:
+            for table, summary in results.document[kind].items():
+                console.print(_table(f"{table}, {TITLES[kind]}", summary))
         plot = draw_ablation(results.document, args.output.with_suffix(".png"))
         console.print(f"numbers: {args.output}\nplot:    {plot}")
         return 0
@@ -80,12 +103,17 @@ class Ablation:
         parser.add_argument("--rows", type=_words, help="which rows beside the reference; default: all")
         parser.add_argument("--steps", type=int, default=300)
         parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in _words(text)], default=[11, 12, 13])
+        parser.add_argument("--wall", metavar="ROW", help="also train every row for as long as this one's steps take")
+        parser.add_argument("--rounds", type=int, default=12, help="--wall: timing rounds")
         parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
         parser.add_argument("--output", type=Path, default=output, help="the JSON file; the plot lies beside it")
         parser.add_argument("--resume", action="store_true", help="keep the finished trials of the JSON file")
         args = parser.parse_args(arguments)
         if unknown := [table for table in args.tables if table not in self.tables]:
             parser.error(f"no table named {unknown[0]!r}; there are: {', '.join(self.tables)}")
+        rows = [name for table in args.tables for name in self._rows(table, args.rows)]
+        if args.wall and args.wall not in rows:
+            parser.error(f"--wall: no row named {args.wall!r}; there are: {', '.join(rows)}")
         return args
 
     def _rows(self, table: str, wanted: list[str] | None) -> list[str]:
@@ -94,15 +122,20 @@ class Ablation:
             rows = [name for name in rows if name == self.reference or {name, _short(name)} & {*wanted}]
         return list(dict.fromkeys(rows))
 
-    def _trials(self, name: str, table: str, args: argparse.Namespace) -> list[Trial]:
-        at = self.settings.get(name, self.setting)
+    def _setting(self, name: str) -> Setting:
+        return self.settings.get(name, self.setting)
+
+    def _trials(self, name: str, table: str, steps: int, seeds: list[int]) -> list[Trial]:
+        at = self._setting(name)
         options = (("alphabets", ALPHABETS),) if table == DRIFT else ()
-        return [Trial("text", options, name, at.lr, at.second, seed, args.steps, args.steps) for seed in args.seeds]
+        return [Trial("text", options, name, at.lr, at.second, seed, steps, steps) for seed in seeds]
 
     def _summarize(self, names: dict[str, list[Trial]], results: Results) -> dict[str, dict[str, Any]]:
-        """Per row: mean loss, and the difference to the reference over the same seeds."""
+        """Per row: steps, mean loss, and the difference to the reference over the same seeds."""
         losses = {name: [results.trials[trial]["loss"] for trial in trials] for name, trials in names.items()}
-        return {name: compare(row, losses[self.reference]) for name, row in losses.items()}
+        return {
+            name: {"steps": names[name][0].steps} | compare(row, losses[self.reference]) for name, row in losses.items()
+        }
 
 
 def compare(losses: list[float | None], reference: list[float | None]) -> dict[str, Any]:
@@ -128,12 +161,13 @@ def _short(name: str) -> str:
 
 def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in ("", "loss", "minus the reference", "z"):
+    for heading in ("", "steps", "loss", "minus the reference", "z"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in rows.items():
         if row["mean"] is None:
-            table.add_row(find(name).title, "diverged", "", "")
+            table.add_row(find(name).title, str(row["steps"]), "diverged", "", "")
             continue
         z = "" if row["z"] is None else f"{row['z']:+.1f}"
-        table.add_row(find(name).title, f"{row['mean']:.4f}", f"{row['difference']:+.4f} ± {row['error']:.4f}", z)
+        difference = f"{row['difference']:+.4f} ± {row['error']:.4f}"
+        table.add_row(find(name).title, str(row["steps"]), f"{row['mean']:.4f}", difference, z)
     return table

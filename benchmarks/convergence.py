@@ -145,10 +145,10 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
 
     searches = {name: search_space(name, task.name) if args.tune else [] for name in names}
     reference = args.reference if args.reference in names else max(names, key=lambda name: step_time[name]["ms"])
-    lengths = {name: max(1, round(steps * step_time[reference]["ms"] / step_time[name]["ms"])) for name in names}
+    lengths = fitted_steps(step_time, steps, reference)
     total = tune_steps * sum(map(len, searches.values())) + len(args.seeds) * steps * len(names)
     if args.wall:
-        total += len(args.seeds) * sum(lengths.values())
+        total += len(args.seeds) * sum(lengths[name] for name in names)
     with Meter(total) as meter:
         tuning = [trial(name, at, TUNING_SEED, tune_steps) for name in names for at in searches[name]]
         run_trials("tune", tuning, results, meter, args.workers)
@@ -197,6 +197,12 @@ def step_times(task: Task, settings: dict[str, Setting], rounds: int) -> dict[st
         numbers["ms"] /= STEPS_PER_CALL
         numbers["min_ms"] /= STEPS_PER_CALL
     return summary
+
+
+def fitted_steps(step_time: dict[str, dict[str, float]], steps: int, reference: str) -> dict[str, int]:
+    """How many steps of each take as long as `steps` of the reference."""
+    time = steps * step_time[reference]["ms"]
+    return {name: max(1, round(time / numbers["ms"])) for name, numbers in step_time.items()}
 
 
 def training_arm(task: Task, name: str, setting: Setting) -> Callable[[], None]:

@@ -309,6 +309,24 @@ def test_every_row_of_an_ablation_has_an_entry_and_can_be_asked_for(ablation):
         ablation.main(["--tables", "no_such"])
 
 
+def test_ablation_at_equal_wall_time_fits_the_steps(tmp_path, monkeypatch):
+    times = {"muon": {"ms": 30.0}, "m3:M3": {"ms": 15.0}}
+    asked = []
+    monkeypatch.setattr(
+        "benchmarks.ablation.step_times", lambda task, settings, rounds: asked.append(settings) or times
+    )
+    path = tmp_path / "m3.json"
+    rest = ["--rows", "M3", "--seeds", "1", "--workers", "1", "--output", str(path)]
+    assert m3.ABLATION.main(["--tables", "memories", "--steps", "1", "--wall", "muon", *rest]) == 0
+    document = json.loads(path.read_text())
+    assert [set(settings) for settings in asked] == [{"muon", "m3:M3"}]
+    assert [row["steps"] for row in document["tables"]["memories"].values()] == [1, 1]
+    assert {name: row["steps"] for name, row in document["equal_wall"]["memories"].items()} == {"muon": 1, "m3:M3": 2}
+    assert len(document["trials"]) == 3  # Muon's is in both
+    with pytest.raises(SystemExit):
+        m3.ABLATION.main(["--tables", "memories", "--wall", "no_such", *rest])
+
+
 def test_sums_never_fade():
     """The variant that has Algorithm 1's memories: the fast one a sum, the slow one in proportion to it."""
     param = torch.nn.Parameter(torch.zeros(4, 6))
