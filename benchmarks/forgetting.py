@@ -65,6 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--task", choices=SEQUENCES, default="permuted")
     parser.add_argument("--images", choices=["fashion", "digits"], help="permuted, split, classes: what to look at")
+    parser.add_argument("--corpus", choices=["20newsgroups", "reuters-r52"], help="topics: whose")
     parser.add_argument("--domains", help="text: corpora or files, comma-separated, in order")
     parser.add_argument("--model", choices=MODELS, help="languages: who learns them")
     parser.add_argument("--tasks", type=int, help="how many; default: the sequence's")
@@ -90,13 +91,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "permuted": ("images", "tasks"),
         "split": ("images", "tasks"),
         "classes": ("images", "tasks"),
-        "topics": ("tasks",),
+        "topics": ("corpus", "tasks"),
         "text": ("domains",),
         "languages": ("model", "tasks"),
     }
     args.options = {key: getattr(args, key) for key in keys[args.task] if getattr(args, key)}
     if not args.output:
-        words = ["forgetting", *(["demo"] if preset == "demo" else []), args.task]
+        words = ["forgetting", *(["demo"] if preset == "demo" else []), args.corpus or args.task]
         args.output = RESULTS / f"{'-'.join(words)}.json"
     return args
 

