@@ -54,7 +54,7 @@ class Ablation:
         args = self._parse(arguments)
         torch.set_num_threads(1)
         console = Console(width=None if sys.stdout.isatty() else 120)
-        results = Results(args.output, resume=args.resume)
+        results = Results(args.output, resume=args.resume, kind=Trial)
         task = make_task("text")
         rows = {table: self._rows(table, args.rows) for table in args.tables}
         names = list(dict.fromkeys(name for names in rows.values() for name in names))

@@ -9,7 +9,7 @@ a rate of its own. There is no weight decay, which forgets by itself.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +23,7 @@ import deep_optim
 from .optimizers import OPTIMIZERS, Setting, attach
 from .tasks.sequences import Sequence, make_sequence
 from .training import set_mode, train_step
+from .trials import Run
 
 PERIOD = 8  # of the hidden matrices in slow arms, and how much smaller their rate is in the arms without one
 FISHER_SAMPLES = 128
@@ -100,8 +101,8 @@ def available() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Course:
-    """Everything that decides the outcome of a run, besides the machine; runs like a `Trial`."""
+class Course(Run):
+    """One arm through one sequence, at one learning rate."""
 
     sequence: str
     options: tuple[tuple[str, Any], ...]
@@ -113,19 +114,8 @@ class Course:
     reset: bool  # whether every task starts with a fresh optimizer
 
     @property
-    def label(self) -> str:
-        return f"{self.optimizer} lr={self.lr:g} seed={self.seed}"
-
-    @property
     def steps(self) -> int:
         return self.tasks * self.steps_per_task
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"options": dict(self.options)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Course":
-        return cls(**values | {"options": tuple(values["options"].items())})
 
     def run(self) -> dict[str, Any]:
         """Train through the sequence; scores[i][j] is that of task j after task i."""

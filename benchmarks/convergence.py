@@ -42,11 +42,11 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 150)
     if args.plot_only:
-        results = Results(args.plot_only, resume=True)
+        results = Results(args.plot_only, resume=True, kind=Trial)
         console.print(f"plot: {draw_convergence(results.document, results.trials, args.plot_only.with_suffix('.png'))}")
         return 0
     torch.set_num_threads(1)
-    results = Results(args.output, resume=args.resume)
+    results = Results(args.output, resume=args.resume, kind=Trial)
     try:
         run(args, results, console)
     except KeyboardInterrupt:

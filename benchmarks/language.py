@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +29,7 @@ from .lesson import thinned, train
 from .measure import command, machine, versions
 from .model_plots import draw_language
 from .tasks.corpus import read_text
-from .trials import Meter, Results, cores, run_trials
+from .trials import Meter, Results, Run, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 0
@@ -42,8 +42,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Everything that decides the outcome of a run, besides the machine; runs like a `Trial`."""
+class Reading(Run):
+    """One model on one corpus, at one learning rate."""
+
+    title = "{model} ({dim}),"
 
     corpus: str
     model: str
@@ -55,17 +57,6 @@ class Reading:
     batch: int
     context: int
     device: str = "cpu"
-
-    @property
-    def label(self) -> str:
-        return f"{self.model} ({self.dim}), lr={self.lr:g} seed={self.seed}"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Reading":
-        return cls(**values)
 
     def run(self) -> dict[str, Any]:
         """Train with AdamW, then test at both lengths."""

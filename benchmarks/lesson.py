@@ -1,9 +1,9 @@
-"""One run of a sequence model on a synthetic problem, described by plain values like a `Trial`."""
+"""One training run of a sequence model on a synthetic problem."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .problems import IGNORE, Problem, make_problem, score
 from .sequence_models import EVERY
 from .training import relative_rate
+from .trials import Run
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
 TEST_SEED, TEST_STRINGS, TEST_BATCH = 10**6, 512, 32
@@ -20,8 +21,10 @@ CURVE = 20  # points
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """Everything that decides the outcome of a run, besides the machine."""
+class Lesson(Run):
+    """One model on one problem, at one learning rate."""
+
+    title = "{model} on {problem},"
 
     problem: str
     model: str
@@ -32,17 +35,6 @@ class Lesson:
     steps: int
     batch: int
     device: str = "cpu"
-
-    @property
-    def label(self) -> str:
-        return f"{self.model} on {self.problem}, lr={self.lr:g} seed={self.seed}"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Lesson":
-        return cls(**values)
 
     def run(self) -> dict[str, Any]:
         """Train with AdamW, then test on strings of all sizes that the problem is tested at."""

@@ -1,9 +1,9 @@
-"""One training run, described by plain values so that it can run in any process and be found again in a file."""
+"""One training run of an optimizer on a task."""
 
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from .optimizers import Setting, build, find
 from .tasks import Task, make_task
+from .trials import Run
 
 WARMUP_STEPS = 30
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Everything that decides the outcome of a run, besides the machine."""
+class Trial(Run):
+    """One optimizer on one task, at one setting."""
 
     task: str
     options: tuple[tuple[str, Any], ...]
@@ -33,17 +34,6 @@ class Trial:
     @property
     def setting(self) -> Setting:
         return Setting(self.lr, self.second)
-
-    @property
-    def label(self) -> str:
-        return f"{self.optimizer} lr={self.lr:g} seed={self.seed}"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"options": dict(self.options)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Trial":
-        return cls(**values | {"options": tuple(values["options"].items())})
 
     def run(self) -> dict[str, Any]:
         return run_trial(self)

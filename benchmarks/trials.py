@@ -8,20 +8,45 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .training import Trial
-
 Result = dict[str, Any]
+
+
+class Run:
+    """One training run: a frozen dataclass of everything that decides the outcome, besides the machine.
+
+    Its fields are plain values, so that it can run in any process and be found again in a file, where pairs of name and
+    value are an object. `title` names the fields that its label is made of.
+    """
+
+    title: ClassVar[str] = "{optimizer}"
+    steps: int
+
+    @property
+    def label(self) -> str:
+        """What is shown of it."""
+        return (self.title + " lr={lr:g} seed={seed}").format(**vars(self))
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: dict(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Run":
+        return cls(**{k: tuple(value.items()) if isinstance(value, dict) else value for k, value in values.items()})
+
+    def run(self) -> Result:
+        """Train: at least whether it "diverged", and its "loss"."""
+        raise NotImplementedError
 
 
 class Results:
     """A benchmark's JSON file; `document` is everything in it but the trials."""
 
-    def __init__(self, path: Path, *, resume: bool, kind: type[Any] = Trial) -> None:
+    def __init__(self, path: Path, *, resume: bool, kind: type[Run]) -> None:
         self.path = path
         self.document: dict[str, Any] = {}
         self.trials: dict[Any, Result] = {}
@@ -60,7 +85,7 @@ class Meter:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def advance(self, phase: str, trial: Any, result: Result) -> None:
+    def advance(self, phase: str, trial: Run, result: Result) -> None:
         """Count a finished trial and show it."""
         self.done += trial.steps
         loss = "diverged" if result["diverged"] else f"{result['loss']:.4g}"
@@ -76,7 +101,7 @@ class Meter:
         self.total -= steps
 
 
-def run_trials(phase: str, trials: Iterable[Trial], results: Results, meter: Meter, workers: int) -> list[Result]:
+def run_trials(phase: str, trials: Iterable[Run], results: Results, meter: Meter, workers: int) -> list[Result]:
     """The result of every trial, in order; only those not yet in `results` are run."""
     trials = list(trials)
     missing = list(dict.fromkeys(trial for trial in trials if trial not in results.trials))
@@ -88,7 +113,7 @@ def run_trials(phase: str, trials: Iterable[Trial], results: Results, meter: Met
     return [results.trials[trial] for trial in trials]
 
 
-def _finished(trials: list[Trial], workers: int) -> Iterator[tuple[Trial, Result]]:
+def _finished(trials: list[Run], workers: int) -> Iterator[tuple[Run, Result]]:
     workers = min(workers, len(trials))
     if workers <= 1:
         yield from map(_run, trials)
@@ -97,7 +122,7 @@ def _finished(trials: list[Trial], workers: int) -> Iterator[tuple[Trial, Result
         yield from pool.imap_unordered(_run, trials)
 
 
-def _run(trial: Trial) -> tuple[Trial, Result]:
+def _run(trial: Run) -> tuple[Run, Result]:
     return trial, trial.run()
 
 
