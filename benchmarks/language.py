@@ -12,8 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import cache
-from hashlib import sha256
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from .hope_variants import VARIANTS, count
 from .lesson import thinned, train
 from .measure import command, machine, versions
 from .model_plots import draw_language
-from .tasks.corpus import read_text
+from .tasks.byte_corpus import ByteCorpus
 from .trials import Meter, Results, Run, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,45 +59,24 @@ class Reading(Run):
 
     def run(self) -> dict[str, Any]:
         """Train with AdamW, then test at both lengths."""
-        text, held_out = cached_text(self.corpus)
+        corpus = cached_corpus(self.corpus)
         torch.manual_seed(self.seed)
         maker = VARIANTS.get(self.model)
         model = maker(256, self.dim, self.num_layers) if maker else build(self.model, 256, self.dim, self.num_layers)
         model = model.to(self.device)
-        rng = torch.Generator().manual_seed(self.seed)
-
-        def draw() -> tuple[Tensor, Tensor]:
-            starts = torch.randint(len(text) - self.context, (self.batch,), generator=rng)
-            return windows(text, starts, self.context)
-
+        draw = partial(corpus.draw, torch.Generator().manual_seed(self.seed), self.batch, self.context)
         start = time.perf_counter()
         losses = train(model, draw, self.lr, self.steps)
         result: dict[str, Any] = {"diverged": not math.isfinite(losses[-1]), "loss": None, "parameters": count(model)}
         if result["diverged"]:
             return result | {"stopped": len(losses)}
         seconds = time.perf_counter() - start
-        test = held_out_windows(held_out, self.context)
+        test = corpus.validation(WINDOWS, LONGER * self.context)
         loss, longer = (held_out_loss(model, *test, length) for length in (self.context, LONGER * self.context))
         return result | {"loss": loss, "longer": longer, "curve": thinned(losses), "seconds": seconds}
 
 
-@cache
-def cached_text(corpus: str) -> tuple[Tensor, Tensor]:
-    """The bytes to train on, and those held out."""
-    train_text, held_out = read_text(data=corpus) if "." in corpus or "/" in corpus else read_text(corpus)
-    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train_text, held_out))  # type: ignore[return-value]
-
-
-def windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Bytes [B, T] and the next of each."""
-    window = text[starts[:, None] + torch.arange(length + 1)].long()
-    return window[:, :-1], window[:, 1:]
-
-
-def held_out_windows(held_out: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """`WINDOWS` long windows, evenly spread over the held-out text."""
-    length = LONGER * context
-    return windows(held_out, torch.linspace(0, len(held_out) - length - 1, WINDOWS).long(), length)
+cached_corpus = cache(ByteCorpus.named)
 
 
 @torch.no_grad()
@@ -161,13 +139,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, results: Results, console: Console) -> None:
     """Fill `results`. Models run in the order given: the slowest first leave no worker idle at the end."""
-    text, held_out = cached_text(args.corpus)
     keys = ("preset", "corpus", "dims", "layers", "steps", "batch", "context", "lrs", "seeds", "device")
-    digest = sha256(text.numpy().tobytes() + b"\0" + held_out.numpy().tobytes()).hexdigest()
     results.document |= {
         "benchmark": "language", "machine": machine(), "versions": versions(),
         "config": {key: getattr(args, key) for key in keys}
-        | {"corpus_sha256": digest, "train_bytes": len(text), "longer": LONGER * args.context},
+        | cached_corpus(args.corpus).describe() | {"longer": LONGER * args.context},
     }  # fmt: skip
     console.print(f"{args.corpus}: {', '.join(args.models)}; {args.steps} steps, seeds {args.seeds}")
 

@@ -185,8 +185,8 @@ def test_no_test_data_in_training(monkeypatch, tasks):
         next(score_all({}, [TRAINING_SEEDS], 2, 1))
     train, held = tasks["images"].train[0], tasks["images"].held_out([1])[0][0]
     assert not (train.double()[None] == held[:, None]).all(-1).any()
-    text = tasks["bytes"]
-    assert len(text.train) + len(text.validation) == 26 * 40 and len(text.validation) > CONTEXT
+    text = tasks["bytes"].text
+    assert len(text.train) + len(text.held_out) == 26 * 40 and len(text.held_out) > CONTEXT
 
 
 def test_an_arm_moves_what_it_learns_and_nothing_else(monkeypatch):

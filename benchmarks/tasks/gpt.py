@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import Batch
-from .corpus import read_text
-from .text import ByteGPT, windows
+from .byte_corpus import ByteCorpus
+from .text import ByteGPT
 
 VALIDATION_WINDOWS = 1024
 
@@ -44,15 +43,10 @@ class GPT:
         context: int = 256,
         batch: int = 256,
     ) -> None:
-        self.corpus, self.device, self.batch = data or corpus, torch.device(device), batch
+        self.device, self.batch = torch.device(device), batch
         self.model_options = dict(width=width, depth=depth, heads=heads, context=context)
-        train, validation = read_text(corpus, data)
-        self.digest = sha256(train + b"\0" + validation).hexdigest()
-        self.train, held_out = (
-            torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device) for text in (train, validation)
-        )
-        starts = torch.linspace(0, len(held_out) - context - 1, VALIDATION_WINDOWS, dtype=torch.float64).long()
-        self.validation = windows(held_out, starts.to(self.device), context)
+        self.corpus = ByteCorpus(corpus, data, self.device)
+        self.validation = self.corpus.validation(VALIDATION_WINDOWS, context, torch.float64)
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -60,10 +54,8 @@ class GPT:
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         rng = torch.Generator(self.device).manual_seed(seed)
-        context = self.model_options["context"]
         for _ in range(steps):
-            starts = torch.randint(len(self.train) - context, (self.batch,), generator=rng, device=self.device)
-            yield windows(self.train, starts, context)
+            yield self.corpus.draw(rng, self.batch, self.model_options["context"])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss = compiled_loss() if self.device.type == "cuda" else next_byte_loss
@@ -77,9 +69,7 @@ class GPT:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "corpus": self.corpus,
-            "corpus_sha256": self.digest,
-            "train_bytes": len(self.train),
+            **self.corpus.describe(),
             "validation_bytes": self.validation[0].numel(),
             "batch": [self.batch, self.model_options["context"]],
             **self.model_options,

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import Batch
-from .corpus import read_fashion, read_text
+from .byte_corpus import ByteCorpus
+from .corpus import read_fashion
 from .languages import Languages
-from .text import CONTEXT, ByteGPT, windows
+from .text import CONTEXT, ByteGPT
 from .topics import Topics
 from .vision import read_digits
 
@@ -228,18 +229,17 @@ class Domains:
     ) -> None:
         self.domains, self.options, self.batch = domains.split(","), dict(width=width, depth=depth), batch
         self.tasks = len(self.domains)
-        texts = [read_text(data=name) if "." in name or "/" in name else read_text(name) for name in self.domains]
-        self.train, held_out = ([_bytes(text) for text in part] for part in zip(*texts, strict=True))
-        self.test = [windows(text, torch.linspace(0, len(text) - CONTEXT - 1, 128).long()) for text in held_out]
+        self.texts = [ByteCorpus.named(name) for name in self.domains]
+        self.test = [text.validation(128, CONTEXT) for text in self.texts]
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return ByteGPT(**self.options)
 
     def batches(self, seed: int, task: int, steps: int, batch: int | None = None) -> Iterator[Batch]:
-        rng, text = _generator(seed, task), self.train[task]
+        rng = _generator(seed, task)
         for _ in range(steps):
-            yield windows(text, torch.randint(len(text) - CONTEXT, (batch or self.batch,), generator=rng))
+            yield self.texts[task].draw(rng, batch or self.batch, CONTEXT)
 
     def loss(self, model: nn.Module, batch: Batch, task: int) -> Tensor:
         tokens, targets = batch
@@ -252,10 +252,6 @@ class Domains:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "domains": self.domains, "tasks": self.tasks, "train_bytes": [len(text) for text in self.train],
+            "domains": self.domains, "tasks": self.tasks, "train_bytes": [len(text.train) for text in self.texts],
             "batch": [self.batch, CONTEXT], **self.options,
         }  # fmt: skip
-
-
-def _bytes(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -7,13 +7,14 @@ others in its stack. All is float64: the memory's products are then exact to the
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .corpus import read_text
+from .byte_corpus import ByteCorpus
 from .vision import Vision
 
 WIDTH = 32
@@ -170,22 +171,16 @@ class Bytes(Stacked):
     def __init__(
         self, corpus: str = "stdlib", data: str | None = None, blocks: int = 1, network: int | None = None
     ) -> None:
-        train, held_out = read_text(corpus, data)
-        self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
-        self.validation = torch.frombuffer(bytearray(held_out), dtype=torch.uint8)
+        self.text = ByteCorpus(corpus, data)
         attention = {name: (2 * WIDTH, WIDTH) for name in ("query", "key", "value")} | {"out": (WIDTH, 2 * WIDTH)}
         rest = {"embedding": (256, WIDTH), "position": (CONTEXT, WIDTH), "head": (256, WIDTH)}
         super().__init__(attention | rest, rest=tuple(rest), blocks=blocks, network=network)
 
     def source(self, seed: int) -> Draw:
-        def draw(rng: torch.Generator) -> Batch:
-            return _windows(self.train, torch.randint(len(self.train) - CONTEXT, (self.windows,), generator=rng))
-
-        return draw
+        return partial(self.text.draw, count=self.windows, context=CONTEXT)
 
     def held_out(self, seeds: list[int]) -> Batch:
-        starts = torch.linspace(0, len(self.validation) - CONTEXT - 1, HELD_OUT // 4).long()
-        return _stack([_windows(self.validation, starts)] * len(seeds))
+        return _stack([self.text.validation(HELD_OUT // 4, CONTEXT)] * len(seeds))
 
     def loss(self, weights: Weights, batch: Batch) -> Tensor:
         tokens, targets = batch  # [B, windows, T]
@@ -224,11 +219,6 @@ def _normal(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
 def _stack(batches: list[Batch]) -> Batch:
     inputs, targets = zip(*batches, strict=True)
     return torch.stack(inputs), torch.stack(targets)
-
-
-def _windows(text: Tensor, starts: Tensor) -> Batch:
-    window = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
-    return window[:, :-1], window[:, 1:]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [B, N, C], [B, N] -> [B]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from deep_optim import models
 
 from . import Batch
-from .corpus import read_text
+from .byte_corpus import ByteCorpus
 
 MODELS = {"transformer": models.Transformer, "hope_attention": models.HopeAttention, "hope": models.Hope}
 CONTEXT = 64
@@ -102,16 +101,11 @@ class Text:
         heads: int = 4,
         alphabets: int = 1,
     ) -> None:
-        self.corpus = data or corpus
         rng = torch.Generator().manual_seed(0)
         self.alphabets = [torch.arange(256), *(torch.randperm(256, generator=rng) for _ in range(alphabets - 1))]
         self.kind, self.model_options = model, dict(width=width, depth=depth, heads=heads)
-        train, validation = read_text(corpus, data)
-        self.digest = sha256(train + b"\0" + validation).hexdigest()
-        self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
-        held_out = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
-        starts = torch.linspace(0, len(held_out) - CONTEXT - 1, VALIDATION_WINDOWS).long()
-        self.validation = self._windows(held_out, starts, self.alphabets[-1])
+        self.corpus = ByteCorpus(corpus, data)
+        self.validation = _spelt(self.corpus.validation(VALIDATION_WINDOWS, CONTEXT), self.alphabets[-1])
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -122,8 +116,8 @@ class Text:
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         rng = torch.Generator().manual_seed(seed)
         for step in range(steps):
-            starts = torch.randint(len(self.train) - CONTEXT, (BATCH,), generator=rng)
-            yield self._windows(self.train, starts, self.alphabets[step * len(self.alphabets) // steps])
+            alphabet = self.alphabets[step * len(self.alphabets) // steps]
+            yield _spelt(self.corpus.draw(rng, BATCH, CONTEXT), alphabet)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         tokens, targets = batch
@@ -136,9 +130,7 @@ class Text:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "corpus": self.corpus,
-            "corpus_sha256": self.digest,
-            "train_bytes": len(self.train),
+            **self.corpus.describe(),
             "validation_bytes": self.validation[0].numel(),
             "batch": [BATCH, CONTEXT],
             "model": self.kind,
@@ -146,13 +138,7 @@ class Text:
             "alphabets": len(self.alphabets),
         }
 
-    @staticmethod
-    def _windows(text: Tensor, starts: Tensor, alphabet: Tensor) -> Batch:
-        tokens, targets = windows(text, starts)
-        return alphabet[tokens], alphabet[targets]
 
-
-def windows(text: Tensor, starts: Tensor, context: int = CONTEXT) -> Batch:
-    """The bytes from each start on, and for each of them the next one."""
-    window = text[starts[:, None] + torch.arange(context + 1, device=text.device)].long()  # [B, T + 1]
-    return window[:, :-1], window[:, 1:]
+def _spelt(batch: Batch, alphabet: Tensor) -> Batch:
+    tokens, targets = batch
+    return alphabet[tokens], alphabet[targets]
