@@ -10,7 +10,6 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,12 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .equal_size import SIZED, build
-from .hope_variants import VARIANTS, count
-from .lesson import thinned, train
+from .hope_variants import VARIANTS
+from .lesson import train
 from .measure import command, machine, versions
 from .model_plots import draw_language
 from .tasks.byte_corpus import ByteCorpus
-from .trials import Meter, Results, Run, cores, run_trials
+from .trials import Meter, Result, Results, Run, cores, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 0
@@ -57,7 +56,7 @@ class Reading(Run):
     context: int
     device: str = "cpu"
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Result:
         """Train with AdamW, then test at both lengths."""
         corpus = cached_corpus(self.corpus)
         torch.manual_seed(self.seed)
@@ -65,15 +64,12 @@ class Reading(Run):
         model = maker(256, self.dim, self.num_layers) if maker else build(self.model, 256, self.dim, self.num_layers)
         model = model.to(self.device)
         draw = partial(corpus.draw, torch.Generator().manual_seed(self.seed), self.batch, self.context)
-        start = time.perf_counter()
-        losses = train(model, draw, self.lr, self.steps)
-        result: dict[str, Any] = {"diverged": not math.isfinite(losses[-1]), "loss": None, "parameters": count(model)}
+        result = train(model, draw, self.lr, self.steps)
         if result["diverged"]:
-            return result | {"stopped": len(losses)}
-        seconds = time.perf_counter() - start
+            return result
         test = corpus.validation(WINDOWS, LONGER * self.context)
         loss, longer = (held_out_loss(model, *test, length) for length in (self.context, LONGER * self.context))
-        return result | {"loss": loss, "longer": longer, "curve": thinned(losses), "seconds": seconds}
+        return result | {"loss": loss, "longer": longer}
 
 
 cached_corpus = cache(ByteCorpus.named)

@@ -4,16 +4,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .hope_variants import count
 from .problems import IGNORE, Problem, make_problem, score
 from .sequence_models import EVERY
 from .training import relative_rate
-from .trials import Run
+from .trials import Result, Run
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
 TEST_SEED, TEST_STRINGS, TEST_BATCH = 10**6, 512, 32
@@ -36,30 +36,20 @@ class Lesson(Run):
     batch: int
     device: str = "cpu"
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Result:
         """Train with AdamW, then test on strings of all sizes that the problem is tested at."""
         problem = make_problem(self.problem)
         torch.manual_seed(self.seed)
         model = EVERY[self.model](problem.vocab_size, self.dim, self.num_layers).to(self.device)
-        parameters = sum(param.numel() for param in model.parameters())
         rng = torch.Generator().manual_seed(self.seed)
-        start = time.perf_counter()
-        losses = train(model, lambda: problem.draw(rng, self.batch, *problem.train), self.lr, self.steps)
-        if not math.isfinite(losses[-1]):
-            return {
-                "diverged": True, "loss": None, "scores": {}, "parameters": parameters, "stopped": len(losses)
-            }  # fmt: skip
-        seconds = time.perf_counter() - start
-        curve = thinned(losses)
-        scores = {name: accuracy(model, problem, sizes, self.device) for name, sizes in problem.tests.items()}
-        return {
-            "diverged": False, "loss": curve[-1][1], "curve": curve, "scores": scores, "seconds": seconds,
-            "parameters": parameters,
-        }  # fmt: skip
+        result = train(model, lambda: problem.draw(rng, self.batch, *problem.train), self.lr, self.steps)
+        tests = {} if result["diverged"] else problem.tests
+        return result | {"scores": {name: accuracy(model, problem, size, self.device) for name, size in tests.items()}}
 
 
-def train(model: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], lr: float, steps: int) -> list[float]:
-    """Train with AdamW on what is drawn, tokens [B, T] and answers [B, T]; the losses, up to the first that is none."""
+def train(model: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], lr: float, steps: int) -> Result:
+    """Train with AdamW on what is drawn, tokens [B, T] and answers [B, T]; a loss that is none ends the run."""
+    start = time.perf_counter()
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     losses: list[float] = []
@@ -74,8 +64,9 @@ def train(model: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], lr: float
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            break
-    return losses
+            return {"diverged": True, "loss": None, "parameters": count(model), "stopped": step}
+    seconds, curve = time.perf_counter() - start, thinned(losses)
+    return {"diverged": False, "loss": curve[-1][1], "parameters": count(model), "curve": curve, "seconds": seconds}
 
 
 def thinned(losses: list[float]) -> list[tuple[int, float]]:
@@ -89,11 +80,11 @@ def accuracy(model: nn.Module, problem: Problem, sizes: tuple[int, int], device:
     """The share of strings, or of answers, that are right: the same strings for every model."""
     rng = torch.Generator().manual_seed(TEST_SEED)
     model.eval()
-    right = count = 0
+    right = asked = 0
     for _ in range(TEST_STRINGS // TEST_BATCH):
         tokens, expected = problem.draw(rng, TEST_BATCH, *sizes)
         answers: Tensor = model(tokens.to(device))[0].argmax(-1).cpu()
         more = score(answers, expected, problem.whole)
-        right, count = right + more[0], count + more[1]
+        right, asked = right + more[0], asked + more[1]
     model.train()
-    return right / count
+    return right / asked

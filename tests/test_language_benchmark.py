@@ -97,6 +97,13 @@ def test_reading_learns_and_can_be_repeated(tmp_path):
     assert Reading.from_json(reading.to_json()) == reading
 
 
+def test_a_reading_that_diverges_says_where(tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_bytes(b"abcd" * 2000)
+    result = Reading(str(text), "transformer", 16, 1, 1e30, 0, 40, 4, 16).run()
+    assert result["diverged"] and result["loss"] is None and 1 < result["stopped"] < 40 and result["parameters"] > 0
+
+
 def test_an_unknown_model_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["language", "--models", "rnn"])
