@@ -7,18 +7,17 @@ again, for as many steps as fit into the time of that row's.
 
 import argparse
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from .command_line import carry_out
 from .convergence import fitted_steps, step_times
-from .measure import command, machine, versions
+from .measure import machine, versions
 from .optimizers import Setting, find
 from .plots import draw_ablation
 from .tasks import make_task
@@ -52,9 +51,10 @@ class Ablation:
 
     def main(self, arguments: list[str]) -> int:
         args = self._parse(arguments)
-        torch.set_num_threads(1)
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        results = Results(args.output, resume=args.resume, kind=Trial)
+        return carry_out(self.name, arguments, args, kind=Trial, run=self._run, report=_report, width=120)
+
+    def _run(self, args: argparse.Namespace, results: Results, console: Console) -> None:
+        """Fill `results`."""
         task = make_task("text")
         rows = {table: self._rows(table, args.rows) for table in args.tables}
         names = list(dict.fromkeys(name for names in rows.values() for name in names))
@@ -81,20 +81,12 @@ class Ablation:
         with Meter(sum(trial.steps for trial in every)) as meter:
             run_trials("ablation", every, results, meter, args.workers)
         results.document |= {
-            "benchmark": self.name, "command": command(self.name, arguments), "machine": machine(),
-            "versions": versions(), "reference": self.reference,
+            "benchmark": self.name, "machine": machine(), "versions": versions(), "reference": self.reference,
             "config": {"steps": args.steps, "seeds": args.seeds, **task.describe(), "alphabets": ALPHABETS},
         } | {
             kind: {table: self._summarize(names, results) for table, names in tables.items()}
             for kind, tables in trials.items()
         }  # fmt: skip
-        results.save()
-        for kind in trials:
-            for table, summary in results.document[kind].items():
-                console.print(_table(f"{table}, {TITLES[kind]}", summary))
-        plot = draw_ablation(results.document, args.output.with_suffix(".png"))
-        console.print(f"numbers: {args.output}\nplot:    {plot}")
-        return 0
 
     def _parse(self, arguments: list[str]) -> argparse.Namespace:
         output = Path(__file__).parent / "results" / f"{self.name}.json"
@@ -108,6 +100,7 @@ class Ablation:
         parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
         parser.add_argument("--output", type=Path, default=output, help="the JSON file; the plot lies beside it")
         parser.add_argument("--resume", action="store_true", help="keep the finished trials of the JSON file")
+        parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
         args = parser.parse_args(arguments)
         if unknown := [table for table in args.tables if table not in self.tables]:
             parser.error(f"no table named {unknown[0]!r}; there are: {', '.join(self.tables)}")
@@ -157,6 +150,13 @@ def _words(text: str) -> list[str]:
 def _short(name: str) -> str:
     """A variant's name without its family's."""
     return name.partition(":")[2] or name
+
+
+def _report(results: Results, plot: Path, console: Console) -> None:
+    for kind, title in TITLES.items():
+        for table, rows in results.document.get(kind, {}).items():
+            console.print(_table(f"{table}, {title}", rows))
+    draw_ablation(results.document, plot)
 
 
 def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:

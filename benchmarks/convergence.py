@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from .measure import command, machine, paired_rounds, summarize, versions, waiting
+from .command_line import carry_out
+from .measure import machine, paired_rounds, summarize, versions, waiting
 from .optimizers import OPTIMIZERS, TUNED, Setting, available, build, search_space
 from .plots import draw_convergence
 from .report import edges, print_report, summarize_runs
@@ -40,25 +40,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     if args.plot_only:
+        console = Console(width=None if sys.stdout.isatty() else 150)
         results = Results(args.plot_only, resume=True, kind=Trial)
         console.print(f"plot: {draw_convergence(results.document, results.trials, args.plot_only.with_suffix('.png'))}")
         return 0
-    torch.set_num_threads(1)
-    results = Results(args.output, resume=args.resume, kind=Trial)
-    try:
-        run(args, results, console)
-    except KeyboardInterrupt:
-        done = len(results.trials)
-        console.print(f"\ninterrupted: {done} finished trials are in {results.path}; --resume goes on from there")
-        return 130
-    results.document["command"] = command("convergence", arguments)
-    results.save()
-    plot = draw_convergence(results.document, results.trials, results.path.with_suffix(".png"))
-    print_report(results.document, console)
-    console.print(f"numbers: {results.path}\nplot:    {plot}")
-    return 0
+    return carry_out("convergence", arguments, args, kind=Trial, run=run, report=report)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -165,6 +152,11 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
         "equal_wall": summarize_runs(equal_wall, results) if args.wall else {},
         "wall_reference": reference,
     }
+
+
+def report(results: Results, plot: Path, console: Console) -> None:
+    print_report(results.document, console)
+    draw_convergence(results.document, results.trials, plot)
 
 
 def best_of(search: list[Setting], name: str, tuning: list[Trial], results: Results) -> Setting:

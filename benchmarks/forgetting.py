@@ -6,17 +6,16 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from .command_line import carry_out
 from .continual import ARMS, PERIOD, Course, available, cached_sequence
 from .frontier import MODES, draw_forgetting, summarize
-from .measure import command, machine, versions
+from .measure import machine, versions
 from .tasks.languages import MODELS
 from .tasks.sequences import SEQUENCES
 from .trials import Meter, Results, cores, run_trials
@@ -36,25 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> int:
-    args = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    torch.set_num_threads(1)
-    results = Results(args.output, resume=args.resume or args.plot_only, kind=Course)
-    if not args.plot_only:
-        try:
-            run(args, results, console)
-        except KeyboardInterrupt:
-            done = len(results.trials)
-            console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
-            return 130
-        results.document["command"] = command("forgetting", arguments)
-        results.save()
-    plot = draw_forgetting(results.document, results.path.with_suffix(".png"))
-    for mode, arms in results.document["summary"].items():
-        console.print(_table(results.document["config"], mode, arms))
-    console.print(_legend(results.document["config"]), highlight=False)
-    console.print(f"numbers: {results.path}\nplot:    {plot}")
-    return 0
+    return carry_out("forgetting", arguments, parse(arguments), kind=Course, run=run, report=report, width=180)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -134,6 +115,14 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
     chosen = {course: results.trials[course] for course in courses}
     results.document["summary"] = summarize(chosen, sequence.higher_is_better)
     results.document["core_minutes"] = sum(each.get("cpu_seconds", 0.0) for each in chosen.values()) / 60
+
+
+def report(results: Results, plot: Path, console: Console) -> None:
+    config = results.document["config"]
+    for mode, arms in results.document["summary"].items():
+        console.print(_table(config, mode, arms))
+    console.print(_legend(config), highlight=False)
+    draw_forgetting(results.document, plot)
 
 
 def _table(config: dict[str, Any], mode: str, arms: dict[str, Any]) -> Table:

@@ -9,7 +9,6 @@
 import argparse
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from .command_line import carry_out
 from .equal_size import SIZED, build
 from .hope_variants import VARIANTS
 from .lesson import train
-from .measure import command, machine, versions
+from .measure import machine, versions
 from .model_plots import draw_language
 from .tasks.byte_corpus import ByteCorpus
 from .trials import Meter, Result, Results, Run, cores, run_trials
@@ -90,23 +90,7 @@ def held_out_loss(model: nn.Module, tokens: Tensor, targets: Tensor, length: int
 
 
 def main(arguments: list[str]) -> int:
-    args = parse(arguments)
-    torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    results = Results(args.output, resume=args.resume or args.plot_only, kind=Reading)
-    if not args.plot_only:
-        try:
-            run(args, results, console)
-        except KeyboardInterrupt:
-            done = len(results.trials)
-            console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
-            return 130
-        results.document["command"] = command("language", arguments)
-        results.save()
-    console.print(_table(results.document))
-    plot = draw_language(results.document, results.path.with_suffix(".png"))
-    console.print(f"numbers: {results.path}\nplot:    {plot}")
-    return 0
+    return carry_out("language", arguments, parse(arguments), kind=Reading, run=run, report=report)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -179,6 +163,11 @@ def _summary(runs: list[Reading], results: Results) -> dict[str, Any]:
         "seconds": statistics.median([each["seconds"] for each in whole]) if whole else None,
         "curve": [(at[0][0], statistics.mean(point[1] for point in at)) for at in zip(*curves, strict=True)],
     }  # fmt: skip
+
+
+def report(results: Results, plot: Path, console: Console) -> None:
+    console.print(_table(results.document))
+    draw_language(results.document, plot)
 
 
 def _table(document: dict[str, Any]) -> Table:

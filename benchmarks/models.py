@@ -8,18 +8,17 @@
 
 import argparse
 import statistics
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from .command_line import carry_out
 from .hope_variants import VARIANTS
 from .lesson import Lesson
-from .measure import command, machine, versions
+from .measure import machine, versions
 from .model_plots import draw_models
 from .problems import languages, mad, make_problem, recall, translation
 from .sequence_models import EVERY, MODELS
@@ -40,24 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> int:
-    args = parse(arguments)
-    torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    results = Results(args.output, resume=args.resume or args.plot_only, kind=Lesson)
-    if not args.plot_only:
-        try:
-            run(args, results, console)
-        except KeyboardInterrupt:
-            done = len(results.trials)
-            console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
-            return 130
-        results.document["command"] = command("models", arguments)
-        results.save()
-    for problem, rows in results.document["problems"].items():
-        console.print(_table(problem, rows))
-    plot = draw_models(results.document, results.path.with_suffix(".png"))
-    console.print(f"numbers: {results.path}\nplot:    {plot}")
-    return 0
+    return carry_out("models", arguments, parse(arguments), kind=Lesson, run=run, report=report)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -143,6 +125,12 @@ def _summary(lessons: list[Lesson], results: Results) -> dict[str, Any]:
         "seconds": statistics.median(result.get("seconds", 0.0) for result in finished),
         "scores": {test: [result["scores"].get(test, 0.0) for result in finished] for test in tests},
     }
+
+
+def report(results: Results, plot: Path, console: Console) -> None:
+    for problem, rows in results.document["problems"].items():
+        console.print(_table(problem, rows))
+    draw_models(results.document, plot)
 
 
 def _table(problem: str, rows: dict[str, Any]) -> Table:

@@ -7,18 +7,17 @@
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from .command_line import carry_out
 from .continual import Course, cached_sequence
 from .frontier import measures, saved
-from .measure import command, machine, versions
+from .measure import machine, versions
 from .plots import STYLE
 from .tasks.languages import MODELS
 from .trials import Meter, Results, cores, run_trials
@@ -33,23 +32,7 @@ Point = tuple[float, float]  # right after, forgetting
 
 
 def main(arguments: list[str]) -> int:
-    args = parse(arguments)
-    torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    results = Results(args.output, resume=args.resume or args.plot_only, kind=Course)
-    if not args.plot_only:
-        try:
-            run(args, results)
-        except KeyboardInterrupt:
-            done = len(results.trials)
-            console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
-            return 130
-        results.document["command"] = command("two_languages", arguments)
-        results.save()
-    console.print(_table(results.document))
-    plot = draw(results.document, results.path.with_suffix(".png"))
-    console.print(f"numbers: {results.path}\nplot:    {plot}")
-    return 0
+    return carry_out("two_languages", arguments, parse(arguments), kind=Course, run=run, report=report)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -70,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, results: Results) -> None:
+def run(args: argparse.Namespace, results: Results, _: Console) -> None:
     """Fill `results`."""
     courses = {
         (arm, lr): [
@@ -114,6 +97,11 @@ def summarize(
             pairs = [saved(frontier(arm, seed), frontier(REFERENCE, seed)) for seed in range(len(args.seeds))]
             summary[arm]["saved"] = [pair for pair in pairs if pair is not None]
     return summary
+
+
+def report(results: Results, plot: Path, console: Console) -> None:
+    console.print(_table(results.document))
+    draw(results.document, plot)
 
 
 def _table(document: dict[str, Any]) -> Table:
