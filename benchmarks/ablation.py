@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .command_line import carry_out
+from .command_line import add_arguments, carry_out
 from .convergence import fitted_steps, step_times
 from .measure import machine, versions
 from .optimizers import Setting, find
@@ -94,13 +94,9 @@ class Ablation:
         parser.add_argument("--tables", type=_words, default=list(self.tables), help="which parts; default: all")
         parser.add_argument("--rows", type=_words, help="which rows beside the reference; default: all")
         parser.add_argument("--steps", type=int, default=300)
-        parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in _words(text)], default=[11, 12, 13])
         parser.add_argument("--wall", metavar="ROW", help="also train every row for as long as this one's steps take")
         parser.add_argument("--rounds", type=int, default=12, help="--wall: timing rounds")
-        parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-        parser.add_argument("--output", type=Path, default=output, help="the JSON file; the plot lies beside it")
-        parser.add_argument("--resume", action="store_true", help="keep the finished trials of the JSON file")
-        parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+        add_arguments(parser, output=output, seeds=(11, 12, 13))
         args = parser.parse_args(arguments)
         if unknown := [table for table in args.tables if table not in self.tables]:
             parser.error(f"no table named {unknown[0]!r}; there are: {', '.join(self.tables)}")

@@ -1,15 +1,36 @@
-"""What the commands that run trials have in common: run what the file lacks, keep it there, report and draw it."""
+"""What the commands that run trials have in common: their last arguments, and the way from these to file and plot."""
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from .measure import command
-from .trials import Results, Run
+from .trials import Results, Run, cores
+
+
+def integers(text: str) -> list[int]:
+    """The value of --seeds and the like: 1,2,3."""
+    return [int(part) for part in text.split(",")]
+
+
+def floats(text: str) -> list[float]:
+    """The value of --lrs: 1e-3,2e-3."""
+    return [float(part) for part in text.split(",")]
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, output: Path | None = None, seeds: Sequence[int] = (1, 2, 3)
+) -> None:
+    """Add what they all take; without `output`, parsing has to say where the file lies."""
+    parser.add_argument("--seeds", type=integers, default=list(seeds), help="comma-separated")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
+    parser.add_argument("--output", type=Path, default=output, help="the JSON file; the plot lies beside it")
+    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
+    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
 
 
 def carry_out(

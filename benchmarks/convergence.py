@@ -15,14 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
-from .command_line import carry_out
+from .command_line import add_arguments, carry_out
 from .measure import machine, paired_rounds, summarize, versions, waiting
 from .optimizers import OPTIMIZERS, TUNED, Setting, available, build, search_space
 from .plots import draw_convergence
 from .report import edges, print_report, summarize_runs
 from .tasks import TASKS, Task, make_task
 from .training import Trial, train_step
-from .trials import Meter, Results, cores, run_trials
+from .trials import Meter, Results, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 AGAIN = "adamw (again)"  # the A/A arm: what the clock says about two equal optimizers
@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line over preset over the task's own defaults."""
-    parser = argparse.ArgumentParser("python -m benchmarks convergence", description=__doc__.splitlines()[0])
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m benchmarks convergence", description=about, conflict_handler="resolve")
     parser.add_argument("--preset", choices=PRESETS, help="demo: minutes, untuned; full: text, everyone; gpu: gpt")
     parser.add_argument("--task", choices=TASKS, default="text")
     corpora = ["stdlib", "imdb", "newsgroups", "shakespeare"]
@@ -62,16 +63,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", choices=["digits", "fashion"], help="vision: what to look at")
     parser.add_argument("--steps", type=int, help="length of a run; default: the task's")
     parser.add_argument("--tune-steps", type=int, help="length of a tuning run; default: --steps")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--optimizers", help=f"comma-separated; default: all installed of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="use the settings in optimizers.py")
     parser.add_argument("--no-wall", dest="wall", action="store_false", help="leave out the runs at equal wall time")
     parser.add_argument("--reference", default="muon", help="whose time for --steps is the wall budget (if it runs)")
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=12, help=f"timing rounds of {STEPS_PER_CALL} steps")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
-    parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
-    parser.add_argument("--resume", action="store_true", help="keep the finished trials of the JSON file")
+    add_arguments(parser)
+    # Instead of the flag, hence the conflict_handler:
     parser.add_argument("--plot-only", type=Path, metavar="FILE", help="only draw the plot of a JSON file")
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .command_line import carry_out
+from .command_line import add_arguments, carry_out
 from .continual import ARMS, PERIOD, Course, available, cached_sequence
 from .frontier import MODES, draw_forgetting, summarize
 from .measure import machine, versions
 from .tasks.languages import MODELS
 from .tasks.sequences import SEQUENCES
-from .trials import Meter, Results, cores, run_trials
+from .trials import Meter, Results, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 FULL = (
@@ -52,13 +52,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, help="how many; default: the sequence's")
     parser.add_argument("--steps", type=int, help="of each task; default: the sequence's")
     parser.add_argument("--lrs", type=int, help="how many learning rates of each, lowest first; default: 4")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--state", choices=MODES, help="only with the optimizer's state carried over, or only reset")
     parser.add_argument("--optimizers", help=f"comma-separated; default: all installed of {', '.join(ARMS)}")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
-    parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
-    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
-    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    add_arguments(parser)
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(arguments)

@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .command_line import carry_out
+from .command_line import add_arguments, carry_out, floats, integers
 from .equal_size import SIZED, build
 from .hope_variants import VARIANTS
 from .lesson import train
 from .measure import machine, versions
 from .model_plots import draw_language
 from .tasks.byte_corpus import ByteCorpus
-from .trials import Meter, Result, Results, Run, cores, run_trials
+from .trials import Meter, Result, Results, Run, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 0
@@ -99,16 +99,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: two hours on two cores")
     parser.add_argument("--corpus", default="stdlib", help="a name of corpus.py, or a file")
     parser.add_argument("--models", default=",".join(SIZED), help="comma-separated, or: ablation; default: all")
-    parser.add_argument("--dims", type=lambda text: [int(dim) for dim in text.split(",")], help="of the Transformer")
+    parser.add_argument("--dims", type=integers, help="of the Transformer")
     for name in ("layers", "steps", "batch", "context"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--lrs", type=lambda text: [float(lr) for lr in text.split(",")])
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--device")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each; 1 on a GPU")
-    parser.add_argument("--output", type=Path, default=RESULTS / "language.json", help="the plot lies beside it")
-    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
-    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    parser.add_argument("--lrs", type=floats)
+    parser.add_argument("--device", help="on cuda, --workers 1")
+    add_arguments(parser, output=RESULTS / "language.json")
     parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
     args = parser.parse_args(arguments)
     args.models = [name for word in args.models.split(",") for name in (VARIANTS if word == "ablation" else (word,))]

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .command_line import integers
 from .measure import command, machine, versions
 from .meta_learning import ARMS, HAND_SET, HIDDEN_DIM, TRAINED, Budget, learn
 from .meta_scores import comparisons, meta_seeds, parts, runs, score_all, what_moved
@@ -39,18 +40,14 @@ def main(arguments: list[str]) -> int:
     train.add_argument("--steps", type=int, default=24, help="length of a training run")
     train.add_argument("--iterations", type=int, default=25, help="steps of Adam")
     train.add_argument("--stack", type=int, default=2, help="runs of every task in an iteration")
-    train.add_argument("--meta-seeds", type=_integers, default=[1, 2])
+    train.add_argument("--meta-seeds", type=integers, default=[1, 2])
     train.add_argument("--resume", action="store_true", help="keep the finished arms of the JSON file")
-    test.add_argument("--seeds", type=_integers, default=list(range(1, 7)))
+    test.add_argument("--seeds", type=integers, default=list(range(1, 7)))
     test.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     test.add_argument("--output", type=Path, default=SCORES, help="the JSON file; the plot lies beside it")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     return (_train if args.command == "train" else _test)(args, command("meta", arguments))
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _train(args: argparse.Namespace, repeat: str) -> int:

@@ -15,14 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .command_line import carry_out
+from .command_line import add_arguments, carry_out, floats
 from .hope_variants import VARIANTS
 from .lesson import Lesson
 from .measure import machine, versions
 from .model_plots import draw_models
 from .problems import languages, mad, make_problem, recall, translation
 from .sequence_models import EVERY, MODELS
-from .trials import Meter, Results, cores, run_trials
+from .trials import Meter, Results, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
@@ -57,13 +57,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--lrs", type=lambda text: [float(lr) for lr in text.split(",")])
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--device")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each; 1 on a GPU")
-    parser.add_argument("--output", type=Path, help="the JSON file; the plot lies beside it")
-    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
-    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    parser.add_argument("--lrs", type=floats)
+    parser.add_argument("--device", help="on cuda, --workers 1")
+    add_arguments(parser)
     parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
     args = parser.parse_args(arguments)
     args.problems = [name for word in args.task.split(",") for name in SUITES.get(word, (word,))]

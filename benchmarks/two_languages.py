@@ -14,13 +14,13 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from .command_line import carry_out
+from .command_line import add_arguments, carry_out, floats
 from .continual import Course, cached_sequence
 from .frontier import measures, saved
 from .measure import machine, versions
 from .plots import STYLE
 from .tasks.languages import MODELS
-from .trials import Meter, Results, cores, run_trials
+from .trials import Meter, Results, run_trials
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "transformer"
@@ -39,13 +39,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks two_languages", description=__doc__.splitlines()[0])
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated; default: all")
     parser.add_argument("--steps", type=int, default=300, help="of each language")
-    floats = dict(type=lambda text: [float(lr) for lr in text.split(",")])
-    parser.add_argument("--lrs", **floats, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
-    parser.add_argument("--output", type=Path, default=RESULTS / "two_languages.json", help="the plot lies beside it")
-    parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
-    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    parser.add_argument("--lrs", type=floats, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    add_arguments(parser, output=RESULTS / "two_languages.json")
     args = parser.parse_args(arguments)
     args.arms = args.arms.split(",")
     if unknown := [name for name in args.arms if name not in ARMS]:
