@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -20,14 +19,6 @@ COMMANDS = {
     "m3": "--tables mix --rows none --seeds 1,2",
 }
 SHORT = ["--steps", "2", "--workers", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """`torch.set_num_threads` is global, and the benchmarks set it."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from hashlib import sha256
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ pytest.importorskip("rich")
 from benchmarks import __main__ as command
 from benchmarks.equal_size import SIZED, build
 from benchmarks.language import Reading, held_out_loss
-from benchmarks.tasks.byte_corpus import ByteCorpus, windows
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -46,28 +44,6 @@ def test_the_loss_is_over_all_bytes_in_windows_that_know_nothing_of_each_other(l
     surprise = [math.log1p(math.exp(-(t % length))) for t in range(8)]
     expected = (20 * sum(surprise) + 5 % length) / (20 * 8)
     assert held_out_loss(Counter(), tokens, targets, length) == pytest.approx(expected)
-
-
-def test_windows_are_bytes_and_what_follows():
-    tokens, targets = windows(torch.arange(100, dtype=torch.uint8), torch.tensor([0, 7]), 5)
-    assert tokens.tolist() == [[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]] and torch.equal(targets, tokens + 1)
-
-
-def test_a_corpus_draws_from_one_part_and_is_tested_on_all_of_the_other(tmp_path):
-    text = tmp_path / "book.txt"
-    text.write_bytes(bytes(range(200)))
-    corpus = ByteCorpus.named(str(text))
-    assert corpus.train.tolist() == list(range(180)) and corpus.held_out.tolist() == list(range(180, 200))
-    tokens, targets = corpus.validation(3, 8)
-    assert tokens[:, 0].tolist() == [180, 185, 191] and targets[-1, -1] == 199  # from the first byte to the last
-    drawn = [corpus.draw(torch.Generator().manual_seed(seed), 500, 8) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[2][0])
-    assert drawn[0][0].min() == 0 and drawn[0][1].max() == 179
-    both = bytes(range(180)) + b"\0" + bytes(range(180, 200))
-    described = {"corpus": str(text), "corpus_sha256": sha256(both).hexdigest(), "train_bytes": 180}
-    assert corpus.describe() == described
-    with pytest.raises(ValueError, match="no corpus named 'book'"):
-        ByteCorpus.named("book")
 
 
 def test_the_command_tunes_scores_draws_and_resumes(tmp_path):
