@@ -2,7 +2,7 @@
 
 Every row is compared with the reference seed by seed: the mean difference, its standard error and their ratio z. Rows
 are not tuned for themselves: a row that loses may lose by its learning rate. With `--wall ROW` every row is trained
-again, for as many steps as fit into the time of that row's.
+again, for as many steps as fit into the time of ROW's, and compared with ROW.
 """
 
 import argparse
@@ -56,37 +56,31 @@ class Ablation:
     def _run(self, args: argparse.Namespace, results: Results, console: Console) -> None:
         """Fill `results`."""
         task = make_task("text")
-        rows = {table: self._rows(table, args.rows) for table in args.tables}
-        names = list(dict.fromkeys(name for names in rows.values() for name in names))
-        if args.wall and not {*names} <= {*results.document.get("step_time", ())}:
-            console.print("timing one step of each, in shuffled rounds ...")
-            results.document["step_time"] = step_times(task, {name: self._setting(name) for name in names}, args.rounds)
+        rows = {table: self._rows(table, args) for table in args.tables}
+        names = list(dict.fromkeys(name for each in rows.values() for name in each))
         lengths = {"tables": dict.fromkeys(names, args.steps)}
         if args.wall:
+            if not {*names} <= {*results.document.get("step_time", ())}:
+                console.print("timing one step of each, in shuffled rounds ...")
+                settings = {name: self._setting(name) for name in names}
+                results.document["step_time"] = step_times(task, settings, args.rounds)
             lengths["equal_wall"] = fitted_steps(results.document["step_time"], args.steps, args.wall)
         trials = {
-            kind: {
-                table: {name: self._trials(name, table, steps[name], args.seeds) for name in rows[table]}
-                for table in rows
-            }
+            (kind, table): {name: self._trials(name, table, steps[name], args.seeds) for name in rows[table]}
             for kind, steps in lengths.items()
+            for table in args.tables
         }
-        every = dict.fromkeys(
-            trial
-            for tables in trials.values()
-            for names in tables.values()
-            for runs in names.values()
-            for trial in runs
-        )
+        every = dict.fromkeys(trial for names in trials.values() for runs in names.values() for trial in runs)
         with Meter(sum(trial.steps for trial in every)) as meter:
             run_trials("ablation", every, results, meter, args.workers)
         results.document |= {
             "benchmark": self.name, "machine": machine(), "versions": versions(), "reference": self.reference,
             "config": {"steps": args.steps, "seeds": args.seeds, **task.describe(), "alphabets": ALPHABETS},
-        } | {
-            kind: {table: self._summarize(names, results) for table, names in tables.items()}
-            for kind, tables in trials.items()
+            "wall_reference": args.wall, **{kind: {} for kind in lengths},
         }  # fmt: skip
+        for (kind, table), runs in trials.items():
+            reference = args.wall if kind == "equal_wall" else self.reference
+            results.document[kind][table] = _summarize(runs, reference, results)
 
     def _parse(self, arguments: list[str]) -> argparse.Namespace:
         output = Path(__file__).parent / "results" / f"{self.name}.json"
@@ -100,16 +94,16 @@ class Ablation:
         args = parser.parse_args(arguments)
         if unknown := [table for table in args.tables if table not in self.tables]:
             parser.error(f"no table named {unknown[0]!r}; there are: {', '.join(self.tables)}")
-        rows = [name for table in args.tables for name in self._rows(table, args.rows)]
-        if args.wall and args.wall not in rows:
-            parser.error(f"--wall: no row named {args.wall!r}; there are: {', '.join(rows)}")
+        every = {self.reference: None} | {name: None for names in self.tables.values() for name in names}
+        if args.wall and args.wall not in every:
+            parser.error(f"--wall: no row named {args.wall!r}; there are: {', '.join(every)}")
         return args
 
-    def _rows(self, table: str, wanted: list[str] | None) -> list[str]:
-        rows = [self.reference, *self.tables[table]]
-        if wanted:
-            rows = [name for name in rows if name == self.reference or {name, _short(name)} & {*wanted}]
-        return list(dict.fromkeys(rows))
+    def _rows(self, table: str, args: argparse.Namespace) -> list[str]:
+        rows = self.tables[table]
+        if args.rows:
+            rows = tuple(name for name in rows if {name, _short(name)} & {*args.rows})
+        return list(dict.fromkeys([self.reference, *([args.wall] if args.wall else []), *rows]))
 
     def _setting(self, name: str) -> Setting:
         return self.settings.get(name, self.setting)
@@ -119,12 +113,11 @@ class Ablation:
         options = (("alphabets", ALPHABETS),) if table == DRIFT else ()
         return [Trial("text", options, name, at.lr, at.second, seed, steps, steps) for seed in seeds]
 
-    def _summarize(self, names: dict[str, list[Trial]], results: Results) -> dict[str, dict[str, Any]]:
-        """Per row: steps, mean loss, and the difference to the reference over the same seeds."""
-        losses = {name: [results.trials[trial]["loss"] for trial in trials] for name, trials in names.items()}
-        return {
-            name: {"steps": names[name][0].steps} | compare(row, losses[self.reference]) for name, row in losses.items()
-        }
+
+def _summarize(rows: dict[str, list[Trial]], reference: str, results: Results) -> dict[str, dict[str, Any]]:
+    """Per row: steps, mean loss, and the difference to the reference over the same seeds."""
+    losses = {name: [results.trials[trial]["loss"] for trial in trials] for name, trials in rows.items()}
+    return {name: {"steps": rows[name][0].steps} | compare(row, losses[reference]) for name, row in losses.items()}
 
 
 def compare(losses: list[float | None], reference: list[float | None]) -> dict[str, Any]:

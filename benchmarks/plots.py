@@ -179,8 +179,11 @@ def draw_toy(document: Mapping[str, Any], path: Path) -> Path:
 
 def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
     """Every row's difference to the reference, seed by seed and in the mean, table by table."""
-    tables, family = document["tables"], f"{document['benchmark']}:"
-    rows = [(table, name, row) for table, names in tables.items() for name, row in names.items() if row["mean"]]
+    family = f"{document['benchmark']}:"
+    tables = {table: (names, document["reference"]) for table, names in document["tables"].items()}
+    for table, names in document.get("equal_wall", {}).items():
+        tables[f"{table}, at equal wall time"] = names, document["wall_reference"]
+    rows = [(table, name, row) for table, (names, _) in tables.items() for name, row in names.items() if row["mean"]]
     with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure, axis = plt.subplots(figsize=(8.2, 0.24 * len(rows) + 0.4 * len(tables) + 1.2))
         position, limit, ticks, labels = 0.0, 0.12, [], []
@@ -189,8 +192,8 @@ def draw_ablation(document: Mapping[str, Any], path: Path) -> Path:
                 position += 1.4
                 axis.annotate(table, (0.0, position), xycoords=("axes fraction", "data"), weight="bold", va="center")
                 position += 1
-            reference = tables[table][document["reference"]]["losses"]
-            each = [a - b for a, b in zip(row["losses"], reference, strict=True)]
+            names, reference = tables[table]
+            each = [a - b for a, b in zip(row["losses"], names[reference]["losses"], strict=True)]
             color = COLORS.get(name, "#000000")
             axis.plot(each, [position] * len(each), "o", color=color, alpha=0.35, markersize=4)
             if row["difference"] > limit:

@@ -111,12 +111,15 @@ def test_ablation_at_equal_wall_time_fits_the_steps(tmp_path, monkeypatch):
     )
     path = tmp_path / "m3.json"
     rest = ["--rows", "M3", "--seeds", "1", "--workers", "1", "--output", str(path)]
-    assert m3.ABLATION.main(["--tables", "memories", "--steps", "1", "--wall", "muon", *rest]) == 0
+    assert m3.ABLATION.main(["--tables", "memories", "--steps", "2", "--wall", "m3:M3", *rest]) == 0
     document = json.loads(path.read_text())
     assert [set(settings) for settings in asked] == [{"muon", "m3:M3"}]
-    assert [row["steps"] for row in document["tables"]["memories"].values()] == [1, 1]
-    assert {name: row["steps"] for name, row in document["equal_wall"]["memories"].items()} == {"muon": 1, "m3:M3": 2}
-    assert len(document["trials"]) == 3  # Muon's is in both
+    steps, time = document["tables"]["memories"], document["equal_wall"]["memories"]
+    assert [row["steps"] for row in steps.values()] == [2, 2]
+    assert {name: row["steps"] for name, row in time.items()} == {"muon": 1, "m3:M3": 2}
+    assert steps["muon"]["difference"] == 0 and time["m3:M3"]["difference"] == 0  # each kind has its reference
+    assert time["muon"]["difference"] == time["muon"]["mean"] - steps["m3:M3"]["mean"] != 0
+    assert len(document["trials"]) == 3  # M3's is in both
     with pytest.raises(SystemExit):
         m3.ABLATION.main(["--tables", "memories", "--wall", "no_such", *rest])
 

@@ -81,7 +81,8 @@ class Topics:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "corpus": self.corpus, "tasks": self.tasks, "features": self.features, "width": self.width, "batch": self.batch,
+            "corpus": self.corpus, "tasks": self.tasks,
+            "features": self.features, "width": self.width, "batch": self.batch,
             "train_posts": [len(labels) for _, labels in self.train],
             "test_posts": [len(labels) for _, labels in self.test],
         }  # fmt: skip
