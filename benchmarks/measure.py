@@ -3,6 +3,7 @@
 import os
 import platform
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -125,7 +126,7 @@ def versions() -> dict[str, str]:
 
 def command(name: str, arguments: list[str]) -> str:
     """The command line that repeats this run."""
-    return " ".join(["python", "-m", "benchmarks", name, *arguments])
+    return shlex.join(["python", "-m", "benchmarks", name, *arguments])
 
 
 def _lines(path: str) -> list[str]:
