@@ -107,3 +107,53 @@ def test_memories_that_an_option_left_without_a_slow_one_are_stepped_apart(trito
             optimizer.step()
         assert "slow.answer" in optimizer.state[params[0]] and "slow.answer" not in optimizer.state[params[1]]
         assert not torch.equal(params[1], torch.ones_like(params[1]))
+
+
+BY_NAME = [(cls, output) for cls in (DeltaMomentum, DMGD) for output in ("identity", "newton_schulz")]
+MIXED = ((7,), (4, 6), (6, 4), (4, 6))
+
+
+@pytest.mark.parametrize("cls, output", BY_NAME)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_asked_for_by_name_step_half_precision_too(cls, output, dtype, triton_device):
+    """Its memories are in float32, and the kernels that are handed stacks see it in float32."""
+    start = [param.detach().to(triton_device) for param in make_params(MIXED)]
+    start[2] = start[2].to(dtype)
+    ours, plain = ([Parameter(param.clone()) for param in start] for _ in range(2))
+    for params, backend in ((ours, "triton"), (plain, "reference")):
+        optimizer = cls(params, lr=0.1, output=output, backend=backend)
+        for step in range(3):
+            for index, param in enumerate(params):
+                param.grad = gradient(param, step, index).to(param)
+            optimizer.step()
+    for our, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(our, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("cls, output", BY_NAME)
+@pytest.mark.parametrize("reason", ["in_dtypes=False", "on_cuda=False", "plain=False"])
+def test_what_kernels_asked_for_by_name_cannot_step_is_refused_before_anything_moves(
+    cls, output, reason, triton_device, monkeypatch
+):
+    class Subclass(torch.Tensor):
+        pass
+
+    params = [Parameter(param.detach().to(triton_device)) for param in make_params(MIXED)]
+    if reason == "in_dtypes=False":
+        params[2] = Parameter(params[2].detach().double())
+    elif reason == "on_cuda=False":
+        params[2] = Parameter(params[2].detach().cpu())
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for index, param in enumerate(params):
+        param.grad = gradient(param, 0, index).to(param.device)
+    if reason == "plain=False":
+        params[2].grad = params[2].grad.as_subclass(Subclass)
+    before = [param.detach().clone() for param in params]
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, output=output, backend="triton")
+    with pytest.raises(RuntimeError, match=f"{reason}.*nothing has been stepped.*backend='auto'"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before)) and not any(optimizer.state.values())
+    for group in optimizer.param_groups:
+        group["backend"] = "auto"
+    optimizer.step()
+    assert not any(map(torch.equal, params, before))

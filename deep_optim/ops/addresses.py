@@ -32,9 +32,12 @@ if HAS_TRITON:
 
 
 def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
-    """Return whether kernels may go by the addresses of these tensors: contiguous, of one size and on one device.
+    """Return whether kernels may go by the addresses of these tensors: contiguous, in float32, of one size and device.
 
     Not under torch.compile, nor for subclasses such as DTensor.
+
+    Raises:
+        RuntimeError: for "triton" where tensors are fit for it and Triton cannot run, or a gradient is needed.
     """
     first = tensors[0]
     if (backend == "auto" and first.is_cpu) or torch.compiler.is_compiling():
@@ -43,7 +46,7 @@ def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
     for tensor in tensors:
         if type(tensor) not in (Tensor, Parameter) or not tensor.is_contiguous():
             return False
-        if tensor.numel() != numel or tensor.device != device:
+        if tensor.numel() != numel or tensor.device != device or tensor.dtype != torch.float32:
             return False
     return use_triton(backend, *tensors)
 

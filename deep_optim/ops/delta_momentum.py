@@ -114,7 +114,7 @@ def _implementation(tensors: Sequence[Tensor], rule: DeltaRule, backend: Backend
         return delta_momentum_triton
     if backend == "triton":
         raise RuntimeError(
-            "backend='triton' needs plain, contiguous tensors of one size on one device, and features it has; "
+            "backend='triton' needs plain, contiguous float32 tensors of one size on one device, and features it has; "
             f"got {rule.features!r}"
         )
     return delta_momentum_reference

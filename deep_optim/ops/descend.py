@@ -44,8 +44,8 @@ def descend(
         _descend_triton(params, direction, on_device(lr, direction.device), weight_decay)
     elif backend == "triton":
         raise RuntimeError(
-            "backend='triton' needs plain, contiguous tensors of one size on one device, and for each of them a "
-            "direction, not in float64"
+            "backend='triton' needs plain, contiguous float32 tensors of one size on one device, and for each of them "
+            "a direction, not in float64"
         )
     else:
         directions = [d.reshape(p.shape) for d, p in zip(direction.chunk(len(params)), params, strict=True)]

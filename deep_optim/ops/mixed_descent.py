@@ -79,8 +79,8 @@ def _takes_triton(fast: Tensor, others: Sequence[Tensor], count: int, share: Ten
         return True
     if backend == "triton":
         raise RuntimeError(
-            "backend='triton' needs plain, contiguous tensors of one size on one device, together as large as the "
-            "stack, a share for each of its matrices, and no answers in float64"
+            "backend='triton' needs plain, contiguous float32 tensors of one size on one device, together as large as "
+            "the stack, a share for each of its matrices, and no answers in float64"
         )
     return False
 

@@ -44,7 +44,7 @@ def momentum_read(
     if addressable((*grads, *memories), backend):
         return momentum_triton(grads, memories, decay, nesterov, maximize)
     if backend == "triton":
-        raise RuntimeError("backend='triton' needs plain, contiguous tensors of one size on one device")
+        raise RuntimeError("backend='triton' needs plain, contiguous float32 tensors of one size on one device")
     return momentum_reference(grads, memories, decay, nesterov, maximize)
 
 

@@ -27,15 +27,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deep_optim.ops.backend import Backend
+from deep_optim.ops.backend import Backend, use_triton
 from deep_optim.ops.delta_momentum import DeltaRule, delta_momentum_read, delta_momentum_step, fusible
 from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.newton_schulz import Coefficients
 from deep_optim.ops.two_sided_delta import GramNorm, most_erased, two_sided_delta
 
 from .base import MemoryOptimizer
-from .matrices import matrix_shape
+from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap
+from .sharding import local
 from .validation import check_at_least, check_choice, check_count
 
 Side = Literal["right", "left", "both"]
@@ -86,7 +87,8 @@ class DeltaMomentum(MemoryOptimizer):
 
     Raises:
         ValueError: for a value out of range, in the constructor or in any group.
-        RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients.
+        RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients, and
+            at a step for parameters that `backend="triton"` cannot take, before anything is stepped.
 
     Example:
         >>> optimizer = DeltaMomentum(model.parameters(), lr=1e-3)  # doctest: +SKIP
@@ -157,6 +159,10 @@ class DeltaMomentum(MemoryOptimizer):
         check_choice(group, "backend", get_args(Backend))
         check_stable(group, sides=2 if group["side"] == "both" else 1)
 
+    def check_gradients(self, group: dict[str, Any]) -> None:
+        super().check_gradients(group)
+        check_kernels(group)
+
     def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"memory": torch.zeros_like(param)}
 
@@ -224,6 +230,21 @@ def rule_of(group: Mapping[str, Any], shape: Sequence[int]) -> DeltaRule:
 def read_out(group: Mapping[str, Any]) -> float | None:
     """Return how many times the write counts again in what is read; None if the memory alone is read."""
     return group["lookahead"] if group["nesterov"] else None
+
+
+def check_kernels(group: Mapping[str, Any]) -> None:
+    """Refuse gradients that kernels asked for by name cannot write. Half precision reaches them in float32."""
+    if group["backend"] != "triton":
+        return
+    for param in group["params"]:
+        if param.grad is not None and has_memory(param, group):
+            try:
+                use_triton("triton", local(param.grad), dtypes=(torch.float32, torch.bfloat16, torch.float16))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}, for a parameter of size {tuple(param.size())}; nothing has been stepped (backend='auto' "
+                    "takes plain torch for such parameters)"
+                ) from None
 
 
 def check_read_and_steps(group: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from deep_optim.ops.mlp_memory import MLPMemory
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer, capturing
-from .delta_momentum import check_read_and_steps, check_stable, read_out, rule_of
+from .delta_momentum import check_kernels, check_read_and_steps, check_stable, read_out, rule_of
 from .matrices import has_memory, matrix_shape
 from .memory_report import MemoryReport, report
 from .output_map import OutputMap
@@ -93,8 +93,9 @@ class DMGD(MemoryOptimizer):
 
     Raises:
         ValueError: for a value out of range, in the constructor or in any group.
-        RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients, and
-            for a gradient that is not finite, under `nonfinite="raise"`.
+        RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients,
+            and at a step, before anything is stepped, for parameters that `backend="triton"` cannot take and, under
+            `nonfinite="raise"`, for a gradient that is not finite.
 
     Example:
         >>> optimizer = DMGD(model.parameters(), lr=1e-3)  # doctest: +SKIP
@@ -244,6 +245,7 @@ class DMGD(MemoryOptimizer):
 
     def check_gradients(self, group: dict[str, Any]) -> None:
         super().check_gradients(group)
+        check_kernels(group)
         if torch.compiler.is_compiling():
             return
         if group["nonfinite"] == "raise" and (refused := _not_finite(group["params"])):
