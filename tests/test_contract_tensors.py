@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import Parameter
 
 from cases import Case, every
 from problem import SHAPES, assert_same, copy_params, gradient, make_params, set_grads, snapshot, train
@@ -44,6 +45,25 @@ def test_a_parameter_moves_as_it_would_alone(case: Case) -> None:
     alone = train([case.make([copy]) for copy in copies], copies, range(3))
     torch.testing.assert_close(together, alone)  # float64: a batched product may sum in another order
     torch.testing.assert_close(train(case.make(reverse[::-1]), reverse, range(3)), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every()
+def test_parameters_that_overlap_move_one_after_another(case: Case, dtype: torch.dtype) -> None:
+    """Views of one buffer: not all at once, where the later would undo what the earlier did to what they share."""
+    if case.control or case.group.get("rule") == "adamw":
+        pytest.skip("torch's own descend all at once, and its kernels race")
+    ours, theirs = (torch.linspace(-1, 1, 40).to(dtype) for _ in range(2))
+    views = lambda buffer: [Parameter(buffer[start : start + 24].view(6, 4)) for start in (0, 8, 16)]  # noqa: E731
+    together, alone = views(ours), views(theirs)
+    optimizer, *others = (case.make(params, lr=0.25, weight_decay=0.5) for params in (together, *([p] for p in alone)))
+    for step in range(2):
+        for params in (together, alone):
+            for index, param in enumerate(params):
+                param.grad = gradient(param, step, index)
+        for each in (optimizer, *others):
+            each.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 @every()

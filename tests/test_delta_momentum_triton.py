@@ -333,6 +333,8 @@ def test_an_explicit_request_never_falls_back(triton_device, monkeypatch):
         run([params, grads, [memory.double() for memory in memories]])
     with pytest.raises(RuntimeError, match="contiguous"):
         run([[torch.cat([t, t], 1)[:, :4] for t in params], grads, memories])
+    with pytest.raises(RuntimeError, match="apart in memory"):
+        run([params, grads, params])
     with pytest.raises(RuntimeError, match="'tanh'"):
         run(tensors, features="tanh")
     with pytest.raises(ValueError, match="'cuda'"):

@@ -93,4 +93,6 @@ def test_an_explicit_request_never_falls_back(triton_device):
         descend(params, direction, lr=0.1, weight_decay=0.0, backend="cuda")
     with pytest.raises(RuntimeError, match="a direction"):
         descend(params, direction[:2], lr=0.1, weight_decay=0.0, backend="triton")
+    with pytest.raises(RuntimeError, match="apart in memory"):
+        descend([*params[:2], params[1]], direction, lr=0.1, weight_decay=0.0, backend="triton")
     assert all(map(torch.equal, params, before))

@@ -90,4 +90,7 @@ def test_what_does_not_fit_together_is_refused(triton_device):
             mixed_squares(*arguments, backend="triton")
         with pytest.raises(RuntimeError, match="share for each"):
             mixed_descent(params, *arguments, weight, lr=0.1, weight_decay=0.0, backend="triton")
+    with pytest.raises(RuntimeError, match="apart in memory"):
+        mixed_descent(params[:1] * 2, fast, slow, share, weight, lr=0.1, weight_decay=0.0, backend="triton")
+    mixed_squares(fast, slow[:1] * 2, share, backend="triton")  # only reads them
     assert all(map(torch.equal, params, before))

@@ -92,6 +92,21 @@ def test_memories_of_another_size_are_never_written_by_address(triton_device):
 
 
 @needs_triton
+def test_memories_that_share_memory_are_not_written_in_parallel(triton_device):
+    """Views of one buffer side by side are, whatever gradients share; those that overlap are written one by one."""
+    buffer = torch.zeros(72, device=triton_device)
+    grads = [torch.ones(6, 4, device=triton_device)] * 2
+    view = lambda start: buffer[start : start + 24].view(6, 4)  # noqa: E731
+    momentum_read(grads, [view(24), view(0)], decay=0.5, backend="triton")
+    assert buffer.tolist() == [1.0] * 48 + [0.0] * 24
+    for start in (0, 1, 23):
+        with pytest.raises(RuntimeError, match="apart in memory"):
+            momentum_read(grads, [view(start), view(0)], decay=0.5, backend="triton")
+    momentum_read(grads, [view(24), view(36)], decay=0.5)
+    assert buffer.tolist() == [1.0] * 24 + [1.5] * 12 + [1.75] * 12 + [1.0] * 12 + [0.0] * 12
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_what_is_read_is_float32_whatever_the_default_is(dtype, triton_device):
     grads, memories = make((6, 4), device=triton_device)

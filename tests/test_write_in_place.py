@@ -22,11 +22,11 @@ def by_kernels(monkeypatch, wanted):
     """Have "auto" take the kernels wherever they can run, in the interpreter too, or nowhere; count what was taken."""
     taken = []
 
-    def addressable(tensors, backend):
+    def addressable(written, read, backend):
         if not wanted:
             return False
         try:
-            fits = addresses.addressable(tensors, "triton")
+            fits = addresses.addressable(written, read, "triton")
         except RuntimeError:
             fits = False
         taken.append(fits)

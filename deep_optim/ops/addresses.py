@@ -5,12 +5,15 @@ A table on the device holds where each matrix starts, as an integer that the ker
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .backend import HAS_TRITON, Backend, tl, triton, use_triton
+
+ADDRESSABLE = "plain, contiguous float32 tensors of one size on one device, apart in memory"
 
 if HAS_TRITON:
 
@@ -31,14 +34,16 @@ if HAS_TRITON:
         return program // tiles, at, at < size
 
 
-def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
+def addressable(written: Sequence[Tensor], read: Sequence[Tensor], backend: Backend) -> bool:
     """Return whether kernels may go by the addresses of these tensors: contiguous, in float32, of one size and device.
 
-    Not under torch.compile, nor for subclasses such as DTensor.
+    Programs write in no order, so that no two of `written` may share memory. Not under torch.compile, nor for
+    subclasses such as DTensor.
 
     Raises:
         RuntimeError: for "triton" where tensors are fit for it and Triton cannot run, or a gradient is needed.
     """
+    tensors = (*written, *read)
     first = tensors[0]
     if (backend == "auto" and first.is_cpu) or torch.compiler.is_compiling():
         return False
@@ -48,7 +53,17 @@ def addressable(tensors: Sequence[Tensor], backend: Backend) -> bool:
             return False
         if tensor.numel() != numel or tensor.device != device or tensor.dtype != torch.float32:
             return False
-    return use_triton(backend, *tensors)
+    return use_triton(backend, *tensors) and apart(written)
+
+
+def apart(tensors: Sequence[Tensor]) -> bool:
+    """Return whether no two of these tensors of one size share memory; neighbours in one buffer do not."""
+    return not tensors or _apart(tuple([tensor.data_ptr() for tensor in tensors]), tensors[0].nbytes)
+
+
+@lru_cache(maxsize=256)
+def _apart(starts: tuple[int, ...], size: int) -> bool:
+    return all(second - first >= size for first, second in pairwise(sorted(starts)))
 
 
 def addresses(tensors: Sequence[Tensor], split: int = 1) -> tuple[Tensor, bool]:

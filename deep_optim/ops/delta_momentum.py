@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .addresses import addressable
+from .addresses import ADDRESSABLE, addressable
 from .backend import Backend
 from .delta_momentum_triton import delta_momentum_triton
 from .feature_map import FeatureMap, feature_map
@@ -81,7 +81,7 @@ def delta_momentum_step(
     Raises:
         RuntimeError: for "triton" where not all is.
     """
-    step = _implementation((*params, *grads, *memories), rule, backend)
+    step = _implementation((*params, *memories), grads, rule, backend)
     step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay)
 
 
@@ -96,27 +96,26 @@ def delta_momentum_read(
 
     Arguments, errors and cost are those of `delta_momentum_step`, of whose bytes it saves 4.
     """
-    direction = _implementation((*grads, *memories), rule, backend)(None, grads, memories, rule)
+    direction = _implementation(memories, grads, rule, backend)(None, grads, memories, rule)
     assert direction is not None
     return direction
 
 
-def fusible(tensors: Sequence[Tensor], features: FeatureMap, backend: Backend) -> bool:
+def fusible(written: Sequence[Tensor], read: Sequence[Tensor], features: FeatureMap, backend: Backend) -> bool:
     """Return whether to go by the addresses of these tensors, in kernels that have these features.
 
     Of the features, "identity" and "soft_rows" are a factor per token, which the kernels apply wherever they read G.
     """
-    return features in ("identity", "soft_rows") and addressable(tensors, backend)
+    return features in ("identity", "soft_rows") and addressable(written, read, backend)
 
 
-def _implementation(tensors: Sequence[Tensor], rule: DeltaRule, backend: Backend) -> Callable[..., Tensor | None]:
-    if fusible(tensors, rule.features, backend):
+def _implementation(
+    written: Sequence[Tensor], read: Sequence[Tensor], rule: DeltaRule, backend: Backend
+) -> Callable[..., Tensor | None]:
+    if fusible(written, read, rule.features, backend):
         return delta_momentum_triton
     if backend == "triton":
-        raise RuntimeError(
-            "backend='triton' needs plain, contiguous float32 tensors of one size on one device, and features it has; "
-            f"got {rule.features!r}"
-        )
+        raise RuntimeError(f"backend='triton' needs {ADDRESSABLE}, and features it has; got {rule.features!r}")
     return delta_momentum_reference
 
 

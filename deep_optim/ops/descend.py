@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .addresses import addressable, addresses, on_device
+from .addresses import ADDRESSABLE, addressable, addresses, on_device
 from .backend import HAS_TRITON, Backend, on_device_of, tl, triton
 
 _BLOCK = {"BLOCK": 2048, "num_warps": 8}
@@ -40,13 +40,10 @@ def descend(
     """
     plain = type(direction) is Tensor and direction.is_contiguous() and direction.dtype in _DIRECTIONS
     fits = plain and direction.numel() == len(params) * params[0].numel() and direction.device == params[0].device
-    if fits and addressable(params, backend):
+    if fits and addressable(params, (), backend):
         _descend_triton(params, direction, on_device(lr, direction.device), weight_decay)
     elif backend == "triton":
-        raise RuntimeError(
-            "backend='triton' needs plain, contiguous float32 tensors of one size on one device, and for each of them "
-            "a direction, not in float64"
-        )
+        raise RuntimeError(f"backend='triton' needs {ADDRESSABLE}, and for each of them a direction, not in float64")
     else:
         directions = [d.reshape(p.shape) for d, p in zip(direction.chunk(len(params)), params, strict=True)]
         descend_reference(params, directions, lr, weight_decay)

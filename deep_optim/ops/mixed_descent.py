@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .addresses import addressable, addresses, on_device
+from .addresses import ADDRESSABLE, addressable, addresses, on_device
 from .backend import HAS_TRITON, Backend, on_device_of, tl, triton
 from .descend import descend
 
@@ -36,7 +36,7 @@ def mixed_squares(
         share: the slow answer's share of the mix, 0 to 1.
         backend: "auto", "reference" or "triton".
     """
-    if _takes_triton(fast, slow, len(slow), share, backend):
+    if _takes_triton((), fast, slow, share, backend):
         return _mixed_squares_triton(fast, slow, share)
     return mix(fast, slow, share).square().sum(-1, keepdim=True)
 
@@ -60,7 +60,7 @@ def mixed_descent(
         lr: step size; from a tensor on the device it is read there.
         weight_decay: decoupled, multiplied by `lr`.
     """
-    if _takes_triton(fast, [*slow, *params], len(slow), share, backend):
+    if _takes_triton(params, fast, slow, share, backend):
         _mixed_descent_triton(params, fast, slow, share, weight, on_device(lr, fast.device), weight_decay)
     else:
         descend(params, weight * mix(fast, slow, share), lr=lr, weight_decay=weight_decay)
@@ -72,15 +72,17 @@ def mix(fast: Tensor, slow: Sequence[Tensor], share: Tensor) -> Tensor:
     return fast.to(answers.dtype).lerp(answers, share)
 
 
-def _takes_triton(fast: Tensor, others: Sequence[Tensor], count: int, share: Tensor, backend: Backend) -> bool:
+def _takes_triton(
+    params: Sequence[Tensor], fast: Tensor, slow: Sequence[Tensor], share: Tensor, backend: Backend
+) -> bool:
     plain = type(fast) is Tensor and fast.is_contiguous() and fast.dtype != torch.float64
-    fits = plain and share.shape == (len(fast), 1, 1) and fast.device == share.device == others[0].device
-    if fits and fast.numel() == count * others[0].numel() and addressable(others, backend):
+    fits = plain and share.shape == (len(fast), 1, 1) and fast.device == share.device == slow[0].device
+    if fits and fast.numel() == len(slow) * slow[0].numel() and addressable(params, slow, backend):
         return True
     if backend == "triton":
         raise RuntimeError(
-            "backend='triton' needs plain, contiguous float32 tensors of one size on one device, together as large as "
-            "the stack, a share for each of its matrices, and no answers in float64"
+            f"backend='triton' needs {ADDRESSABLE}, together as large as the stack, a share for each of its matrices, "
+            "and no answers in float64"
         )
     return False
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .addresses import addressable, addresses
+from .addresses import ADDRESSABLE, addressable, addresses
 from .backend import HAS_TRITON, Backend, on_device_of, tl, triton
 
 _BLOCK = {"BLOCK": 2048, "num_warps": 8}
@@ -41,10 +41,10 @@ def momentum_read(
     Raises:
         RuntimeError: for "triton" where not all are.
     """
-    if addressable((*grads, *memories), backend):
+    if addressable(memories, grads, backend):
         return momentum_triton(grads, memories, decay, nesterov, maximize)
     if backend == "triton":
-        raise RuntimeError("backend='triton' needs plain, contiguous float32 tensors of one size on one device")
+        raise RuntimeError(f"backend='triton' needs {ADDRESSABLE}")
     return momentum_reference(grads, memories, decay, nesterov, maximize)
 
 

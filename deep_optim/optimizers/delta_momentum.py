@@ -190,7 +190,7 @@ class DeltaMomentum(MemoryOptimizer):
     ) -> Tensor | None:
         memories = [state["memory"] for state in states]
         unfused = group["inner_lr"] == 0 or group["output"] == "adam"
-        if unfused or not fusible((*grads, *memories), group["feature_map"], group["backend"]):
+        if unfused or not fusible(memories, grads, group["feature_map"], group["backend"]):
             return None
         return delta_momentum_read(
             grads, memories, rule_of(group, matrix_shape(grads[0], group)), backend=group["backend"]
@@ -202,7 +202,7 @@ class DeltaMomentum(MemoryOptimizer):
         memories = [self.state[param]["memory"] for param in params]
         unfused = group["inner_lr"] == 0 or group["output"] != "identity"
         unfused |= type(self).write_in_place is not DeltaMomentum.write_in_place  # a class with another equation
-        if unfused or not fusible([*params, *grads, *memories], group["feature_map"], group["backend"]):
+        if unfused or not fusible([*params, *memories], grads, group["feature_map"], group["backend"]):
             super()._step_stack(group, params)
             return
         rule = rule_of(group, matrix_shape(params[0], group))

@@ -203,7 +203,7 @@ class DMGD(MemoryOptimizer):
         """Without hidden features the memory is `DeltaMomentum`'s."""
         memories = [state["memory.linear"] for state in states]
         unfused = group["hidden_dim"] or group["inner_lr"] == 0 or group["output"] == "adam"
-        if unfused or not fusible((*grads, *memories), "soft_rows", group["backend"]):
+        if unfused or not fusible(memories, grads, "soft_rows", group["backend"]):
             return None
         linear = {"side": "both", "gram_norm": "eigenvalue", "feature_map": "soft_rows"}
         rule = rule_of(group | linear, matrix_shape(grads[0], group))

@@ -254,7 +254,7 @@ class M3(MemoryOptimizer):
         default = len(slow) == len(params) and group["mix"] == "post" and group["second_moment"] == "row"
         grads = [param.grad for param in params if param.grad is not None]  # all have one
         memories = [state["memory"] for state in states]
-        fits = default and addressable((*params, *grads, *memories, *slow), "auto")
+        fits = default and addressable([*params, *memories], [*grads, *slow], "auto")
         direction = self.write_in_place(grads, states, group) if fits else None
         if direction is None:
             super()._step_stack(group, params)

@@ -138,7 +138,7 @@ class Momentum(MemoryOptimizer):
 def write_momentum(grads: list[Tensor], states: list[dict[str, Tensor]], group: Mapping[str, Any]) -> Tensor | None:
     """Write the gradients themselves into "memory" and read it [B, m, n], by a kernel if it can: else None."""
     memories = [state["memory"] for state in states]
-    if not addressable((*grads, *memories), "auto"):
+    if not addressable(memories, grads, "auto"):
         return None
     split, m, n = matrix_shape(grads[0], group)
     direction = momentum_triton(grads, memories, group["momentum"], group["nesterov"], group["maximize"])

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from deep_optim.ops.addresses import apart
 
 from .sharding import local, local_of, whole
 
@@ -13,15 +16,22 @@ _CPU_STACK_NUMEL = 2**18  # 1 MB, which stays in a core's cache; larger temporar
 
 
 def stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut `params` into stacks of one shape, dtype and device."""
+    """Cut `params` into stacks of one shape, dtype and device; those that share memory are stepped one by one."""
     groups: dict[Any, list[Tensor]] = {}
     for param in params:
         groups.setdefault((type(param), param.shape, param.dtype, param.device), []).append(param)
     for members in groups.values():
         size = (_CPU_STACK_NUMEL if members[0].is_cpu else _STACK_NUMEL) // members[0].numel()
         size = size if size >= 4 else 1  # a stack of two or three large matrices costs more copies than it saves calls
+        size = 1 if _overlapping(members) else size
         for start in range(0, len(members), size):
             yield members[start : start + size]
+
+
+def _overlapping(params: list[Tensor]) -> bool:
+    """Return whether some of these are views of the same memory, of which only plain tensors can be asked."""
+    plain = type(params[0]) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    return plain and not apart(params)
 
 
 def as_matrices(tensor: Tensor, param: Tensor, shape: tuple[int, int, int]) -> Tensor:
