@@ -364,7 +364,7 @@ def test_the_optimizer_takes_the_kernels_and_the_same_steps(options, triton_devi
     options, calls = dict(options), []
     monkeypatch.setattr("deep_optim.ops.newton_schulz.working_dtype", lambda matrix: matrix.dtype)
     monkeypatch.setattr(
-        "deep_optim.ops.delta_momentum.delta_momentum_triton",
+        "deep_optim.optimizers.delta_momentum.delta_momentum_triton",
         lambda *args, **kwargs: (calls.append(len(args[1])), passes.delta_momentum_triton(*args, **kwargs))[1],
     )
     start = make_params(MODEL, torch.float64)
@@ -395,7 +395,7 @@ def assert_moved_alike(ours, exact, start):
     ids=str,
 )
 def test_the_optimizer_goes_the_other_way_for_what_the_kernels_have_not(options, triton_device, monkeypatch):
-    monkeypatch.setattr("deep_optim.ops.delta_momentum.delta_momentum_triton", None)
+    monkeypatch.setattr("deep_optim.optimizers.delta_momentum.delta_momentum_triton", None)
     params = [torch.nn.Parameter(p.detach().to(triton_device)) for p in make_params([(6, 4)])]
     before = [param.detach().clone() for param in params]
     optimizer = DeltaMomentum(params, **{"backend": "triton", "lr": 0.1, **options})
@@ -405,7 +405,7 @@ def test_the_optimizer_goes_the_other_way_for_what_the_kernels_have_not(options,
 
 @needs_triton
 def test_the_optimizer_goes_the_other_way_for_parameters_in_another_order(triton_device, monkeypatch):
-    monkeypatch.setattr("deep_optim.ops.delta_momentum.delta_momentum_triton", None)
+    monkeypatch.setattr("deep_optim.optimizers.delta_momentum.delta_momentum_triton", None)
     values = make_params([(6, 4)])[0].detach().to(triton_device)
     ours, theirs = torch.nn.Parameter(values.mT.contiguous().mT), torch.nn.Parameter(values.clone())
     for param, backend in ((ours, "triton"), (theirs, "reference")):

@@ -8,13 +8,12 @@ from cases import CASES, Case
 from deep_optim import DMGD, M3, DeltaMomentum, Momentum
 from deep_optim.ops import addresses, delta_momentum, descend, mixed_descent, momentum
 from deep_optim.ops.backend import HAS_TRITON
-from deep_optim.optimizers import m3
-from deep_optim.optimizers import momentum as momentum_optimizer
+from deep_optim.optimizers import in_place
 from problem import copy_params, gradient, make_params
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
-ASKING = (delta_momentum, descend, mixed_descent, momentum, m3, momentum_optimizer)  # modules that ask `addressable`
+ASKING = (delta_momentum, descend, mixed_descent, momentum, in_place)  # modules that ask `addressable`
 OURS = [case for case in CASES if not case.control and case.group.get("rule") != "adamw"]
 
 
@@ -107,6 +106,27 @@ def test_memories_that_an_option_left_without_a_slow_one_are_stepped_apart(trito
             optimizer.step()
         assert "slow.answer" in optimizer.state[params[0]] and "slow.answer" not in optimizer.state[params[1]]
         assert not torch.equal(params[1], torch.ones_like(params[1]))
+
+
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (Momentum, {}),
+        (Momentum, {"output": "identity"}),
+        (DeltaMomentum, {}),
+        (DeltaMomentum, {"output": "identity"}),
+        (DMGD, {}),
+        (M3, {}),
+        (M3, {"mix": "pre"}),
+        (M3, {"alpha": 0.0}),
+    ],
+    ids=str,
+)
+def test_each_stack_is_asked_about_once_in_a_step(cls, options, triton_device, monkeypatch):
+    taken = by_kernels(monkeypatch, True)
+    params = [Parameter(param.detach().to(triton_device)) for param in make_params(((4, 6), (6, 4), (4, 6), (6, 4)))]
+    train(Case("", cls, options), params, steps=3)
+    assert taken == [True] * 2 * 3
 
 
 BY_NAME = [(cls, output) for cls in (DeltaMomentum, DMGD) for output in ("identity", "newton_schulz")]

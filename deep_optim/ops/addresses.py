@@ -45,7 +45,7 @@ def addressable(written: Sequence[Tensor], read: Sequence[Tensor], backend: Back
     """
     tensors = (*written, *read)
     first = tensors[0]
-    if (backend == "auto" and first.is_cpu) or torch.compiler.is_compiling():
+    if backend == "reference" or (backend == "auto" and first.is_cpu) or torch.compiler.is_compiling():
         return False
     numel, device = first.numel(), first.device
     for tensor in tensors:
@@ -53,7 +53,8 @@ def addressable(written: Sequence[Tensor], read: Sequence[Tensor], backend: Back
             return False
         if tensor.numel() != numel or tensor.device != device or tensor.dtype != torch.float32:
             return False
-    return use_triton(backend, *tensors) and apart(written)
+    asked = tensors if torch.is_grad_enabled() else tensors[:1]  # the others are like it, but for `requires_grad`
+    return use_triton(backend, *asked) and apart(written)
 
 
 def apart(tensors: Sequence[Tensor]) -> bool:

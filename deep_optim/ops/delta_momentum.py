@@ -23,6 +23,8 @@ from .delta_momentum_triton import delta_momentum_triton
 from .feature_map import FeatureMap, feature_map
 from .two_sided_delta import GramNorm, two_sided_delta_reference
 
+FUSED_FEATURES: tuple[FeatureMap, ...] = ("identity", "soft_rows")  # a factor per token, where kernels read G
+
 
 @dataclass(frozen=True)
 class DeltaRule:
@@ -35,7 +37,7 @@ class DeltaRule:
         left: likewise for its columns.
         inner_steps: gradient steps on each objective.
         gram_norm: what scales the Gram to at most 1: a bound on its "eigenvalue", or its "trace".
-        features: φ; Triton has "identity" and "soft_rows".
+        features: φ; Triton has `FUSED_FEATURES`.
         lookahead: how many times the write counts again in D; None reads D = M.
         maximize: ascend: U = φ(−G).
     """
@@ -76,10 +78,11 @@ def delta_momentum_step(
         rule: how the memory is written and read.
         lr: step size of the weights; from a tensor on the device it is read there.
         weight_decay: decoupled, multiplied by `lr`.
-        backend: "auto", "reference" or "triton". "auto" takes Triton where all is `fusible`.
+        backend: "auto", "reference" or "triton". "auto" takes Triton where all are `addressable` and it has
+            the features.
 
     Raises:
-        RuntimeError: for "triton" where not all is.
+        RuntimeError: for "triton" where it cannot.
     """
     step = _implementation((*params, *memories), grads, rule, backend)
     step(params, grads, memories, rule, lr=lr, weight_decay=weight_decay)
@@ -101,18 +104,10 @@ def delta_momentum_read(
     return direction
 
 
-def fusible(written: Sequence[Tensor], read: Sequence[Tensor], features: FeatureMap, backend: Backend) -> bool:
-    """Return whether to go by the addresses of these tensors, in kernels that have these features.
-
-    Of the features, "identity" and "soft_rows" are a factor per token, which the kernels apply wherever they read G.
-    """
-    return features in ("identity", "soft_rows") and addressable(written, read, backend)
-
-
 def _implementation(
     written: Sequence[Tensor], read: Sequence[Tensor], rule: DeltaRule, backend: Backend
 ) -> Callable[..., Tensor | None]:
-    if fusible(written, read, rule.features, backend):
+    if rule.features in FUSED_FEATURES and addressable(written, read, backend):
         return delta_momentum_triton
     if backend == "triton":
         raise RuntimeError(f"backend='triton' needs {ADDRESSABLE}, and features it has; got {rule.features!r}")

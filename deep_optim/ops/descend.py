@@ -41,7 +41,7 @@ def descend(
     plain = type(direction) is Tensor and direction.is_contiguous() and direction.dtype in _DIRECTIONS
     fits = plain and direction.numel() == len(params) * params[0].numel() and direction.device == params[0].device
     if fits and addressable(params, (), backend):
-        _descend_triton(params, direction, on_device(lr, direction.device), weight_decay)
+        descend_triton(params, direction, lr=lr, weight_decay=weight_decay)
     elif backend == "triton":
         raise RuntimeError(f"backend='triton' needs {ADDRESSABLE}, and for each of them a direction, not in float64")
     else:
@@ -90,13 +90,15 @@ if HAS_TRITON:
         tl.store(param_ptr + at, param, mask=mask)
 
 
-def _descend_triton(params: Sequence[Tensor], direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-    size, on_device = params[0].numel(), isinstance(lr, Tensor)
+def descend_triton(params: Sequence[Tensor], direction: Tensor, *, lr: float | Tensor, weight_decay: float) -> None:
+    """The same by the kernel, for parameters that are known to be `addressable`, and a direction that fits them."""
+    size, lr = params[0].numel(), on_device(lr, direction.device)
     table, aligned = addresses(params)
-    kept = weight_decay if on_device else 1 - lr * weight_decay
+    there = isinstance(lr, Tensor)
+    kept = weight_decay if there else 1 - lr * weight_decay
     with on_device_of(direction):
         _descend_kernel[(len(params) * triton.cdiv(size, _BLOCK["BLOCK"]),)](
-            table, direction, lr, size, kept, LR_ON_DEVICE=on_device, ALIGNED=aligned,
+            table, direction, lr, size, kept, LR_ON_DEVICE=there, ALIGNED=aligned,
             **_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     torch.autograd.graph.increment_version(list(params))  # which kernels do not do

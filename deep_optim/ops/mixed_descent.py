@@ -37,7 +37,7 @@ def mixed_squares(
         backend: "auto", "reference" or "triton".
     """
     if _takes_triton((), fast, slow, share, backend):
-        return _mixed_squares_triton(fast, slow, share)
+        return mixed_squares_triton(fast, slow, share)
     return mix(fast, slow, share).square().sum(-1, keepdim=True)
 
 
@@ -61,7 +61,7 @@ def mixed_descent(
         weight_decay: decoupled, multiplied by `lr`.
     """
     if _takes_triton(params, fast, slow, share, backend):
-        _mixed_descent_triton(params, fast, slow, share, weight, on_device(lr, fast.device), weight_decay)
+        mixed_descent_triton(params, fast, slow, share, weight, lr=lr, weight_decay=weight_decay)
     else:
         descend(params, weight * mix(fast, slow, share), lr=lr, weight_decay=weight_decay)
 
@@ -132,7 +132,8 @@ if HAS_TRITON:
         tl.store(param_ptr + at, (1 - lr * weight_decay) * param - lr * (weight * mixed), mask=mask)
 
 
-def _mixed_squares_triton(fast: Tensor, slow: Sequence[Tensor], share: Tensor) -> Tensor:
+def mixed_squares_triton(fast: Tensor, slow: Sequence[Tensor], share: Tensor) -> Tensor:
+    """The same by the kernel, for tensors that are known to be `addressable`, and to fit together."""
     stack, m, n = fast.shape
     table, aligned = addresses(slow, stack // len(slow))
     squares = torch.empty(stack, m, 1, dtype=torch.float32, device=fast.device)
@@ -141,16 +142,18 @@ def _mixed_squares_triton(fast: Tensor, slow: Sequence[Tensor], share: Tensor) -
     return squares
 
 
-def _mixed_descent_triton(
+def mixed_descent_triton(
     params: Sequence[Tensor],
     fast: Tensor,
     slow: Sequence[Tensor],
     share: Tensor,
     weight: Tensor,
+    *,
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    stack, m, n = fast.shape
+    """Likewise."""
+    (stack, m, n), lr = fast.shape, on_device(lr, fast.device)
     table, aligned = addresses((*slow, *params), stack // len(slow))
     with on_device_of(fast):
         _mixed_descent_kernel[(stack * triton.cdiv(m * n, _TILE["BLOCK"]),)](

@@ -21,6 +21,7 @@ from deep_optim.ops.newton_schulz import Coefficients
 from .adamw import adamw_step, init_adamw_state
 from .checkpoint import ExactStateMixin
 from .descent import descend_along, descend_stack
+from .in_place import InPlaceMixin
 from .matrices import has_memory, matrix_shape
 from .output_map import OutputMap, apply_output, init_output_state
 from .rounding import COMPENSATION, exact_dtype, init_compensation
@@ -36,7 +37,7 @@ _check_graph_capture: Callable[[torch.optim.Optimizer], None] = (
 )
 
 
-class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
+class MemoryOptimizer(InPlaceMixin, ExactStateMixin, torch.optim.Optimizer):
     """Descend along what a memory of past gradients answers.
 
     Subclasses define `init_state` and `update`, may define `features`, `observed`, `output`, `pull` and `check_group`,
@@ -53,14 +54,7 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
     per_parameter: ClassVar[tuple[str, ...]] = (COMPENSATION,)  # names of state that stay out of the stacks
     read_only: ClassVar[tuple[str, ...]] = ()  # names of state that stacks read and never write
     reads_weights: ClassVar[bool] = False  # whether `pull` does
-    in_place: ClassVar[tuple[str, ...]] = ()  # names of state that `write_in_place` writes
     _loads: Loads  # of the step under way
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A class with an equation of its own does not inherit the kernels of another's."""
-        super().__init_subclass__(**kwargs)
-        if {"features", "update", "read", "output", "pull"} & vars(cls).keys() and "write_in_place" not in vars(cls):
-            cls.write_in_place = MemoryOptimizer.write_in_place  # type: ignore[method-assign]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.check_group({**self.group_defaults, **defaults})
@@ -113,16 +107,6 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         New values are assigned to the entries of `state`; arguments are not modified.
         """
         raise NotImplementedError
-
-    def write_in_place(
-        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> Tensor | None:
-        """Do what `features` and `update` do without stacks, and return the direction [B, m, n].
-
-        None where it cannot be done, or where the output map or `pull` want to see what is written. The memories are
-        written by then: should the output map fail, for want of memory say, the step is not to be made again.
-        """
-        return None
 
     def observed(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """Return what the other methods are to find in `state` for these parameters in this step, and never again."""
@@ -233,7 +217,10 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         states = [self.state[param] for param in params]
         count_step(states)
         grads = [param.grad for param in params if param.grad is not None]  # all have one
-        descend_stack(params, states, self.direction(group, params, params, grads, states), group)
+        if self.addressable(params, grads, states, group):  # asked once for a stack in a step
+            self.step_in_place(params, grads, states, group)
+        else:
+            descend_stack(params, states, self.direction(group, params, params, grads, states), group)
 
     def direction(
         self,
@@ -242,10 +229,13 @@ class MemoryOptimizer(ExactStateMixin, torch.optim.Optimizer):
         weights: list[Tensor],  # of `params`, whole
         grads: list[Tensor],
         states: list[dict[str, Tensor]],
+        read: Tensor | None = None,
     ) -> Tensor:  # [B, m, n]
-        """Write the gradients into the memories and return what the weights are to be moved against."""
+        """Write the gradients into the memories and return what the weights are to be moved against.
+
+        `read` is what `write_in_place` returned, if that has been done.
+        """
         shape = matrix_shape(grads[0], group)
-        read = self.write_in_place(grads, states, group)
         done = self.per_parameter if read is None else (*self.per_parameter, *self.in_place)
         names = [name for name in states[0] if name not in done]
         before = {name: stack([as_matrices(state[name], grads[0], shape) for state in states]) for name in names}

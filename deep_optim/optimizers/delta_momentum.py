@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deep_optim.ops.backend import Backend, use_triton
-from deep_optim.ops.delta_momentum import DeltaRule, delta_momentum_read, delta_momentum_step, fusible
+from deep_optim.ops.delta_momentum import FUSED_FEATURES, DeltaRule
+from deep_optim.ops.delta_momentum_triton import delta_momentum_triton
 from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.newton_schulz import Coefficients
 from deep_optim.ops.two_sided_delta import GramNorm, most_erased, two_sided_delta
@@ -185,29 +186,28 @@ class DeltaMomentum(MemoryOptimizer):
         )
         return direction
 
-    def write_in_place(
-        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> Tensor | None:
-        memories = [state["memory"] for state in states]
-        unfused = group["inner_lr"] == 0 or group["output"] == "adam"
-        if unfused or not fusible(memories, grads, group["feature_map"], group["backend"]):
-            return None
-        return delta_momentum_read(
-            grads, memories, rule_of(group, matrix_shape(grads[0], group)), backend=group["backend"]
-        )
+    def writes_in_place(self, group: dict[str, Any]) -> bool:
+        return group["inner_lr"] != 0 and group["output"] != "adam" and group["feature_map"] in FUSED_FEATURES
 
-    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Without an output map, kernels take the weights along, where they can."""
-        grads = [param.grad for param in params if param.grad is not None]  # all have one
-        memories = [self.state[param]["memory"] for param in params]
-        unfused = group["inner_lr"] == 0 or group["output"] != "identity"
-        unfused |= type(self).write_in_place is not DeltaMomentum.write_in_place  # a class with another equation
-        if unfused or not fusible([*params, *memories], grads, group["feature_map"], group["backend"]):
-            super()._step_stack(group, params)
+    def write_in_place(self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> Tensor:
+        return write_delta(grads, [state["memory"] for state in states], group)
+
+    def step_in_place(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> None:
+        """Without an output map, the same kernels take the weights along."""
+        if group["output"] != "identity":
+            super().step_in_place(params, grads, states, group)
             return
-        rule = rule_of(group, matrix_shape(params[0], group))
-        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-        delta_momentum_step(params, grads, memories, rule, **rates, backend=group["backend"])
+        memories, rule = [state["memory"] for state in states], rule_of(group, matrix_shape(params[0], group))
+        delta_momentum_triton(params, grads, memories, rule, lr=group["lr"], weight_decay=group["weight_decay"])
+
+
+def write_delta(grads: list[Tensor], memories: list[Tensor], group: Mapping[str, Any]) -> Tensor:
+    """Write the features of the gradients into `memories` and read them [B, m, n], by kernels."""
+    direction = delta_momentum_triton(None, grads, memories, rule_of(group, matrix_shape(grads[0], group)))
+    assert direction is not None
+    return direction
 
 
 def rule_of(group: Mapping[str, Any], shape: Sequence[int]) -> DeltaRule:

@@ -25,14 +25,13 @@ from torch.optim.optimizer import ParamsT
 
 from deep_optim.ops.backend import Backend
 from deep_optim.ops.deep_momentum import deep_momentum
-from deep_optim.ops.delta_momentum import delta_momentum_read, fusible
 from deep_optim.ops.feature_map import feature_map
 from deep_optim.ops.frobenius import frobenius_norm
 from deep_optim.ops.mlp_memory import MLPMemory
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer, capturing
-from .delta_momentum import check_kernels, check_read_and_steps, check_stable, read_out, rule_of
+from .delta_momentum import check_kernels, check_read_and_steps, check_stable, read_out, write_delta
 from .matrices import has_memory, matrix_shape
 from .memory_report import MemoryReport, report
 from .output_map import OutputMap
@@ -197,17 +196,13 @@ class DMGD(MemoryOptimizer):
         state.update(zip(_NAMES, memory, strict=True))
         return direction
 
-    def write_in_place(
-        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> Tensor | None:
+    def writes_in_place(self, group: dict[str, Any]) -> bool:
+        return not group["hidden_dim"] and group["inner_lr"] != 0 and group["output"] != "adam"
+
+    def write_in_place(self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> Tensor:
         """Without hidden features the memory is `DeltaMomentum`'s."""
-        memories = [state["memory.linear"] for state in states]
-        unfused = group["hidden_dim"] or group["inner_lr"] == 0 or group["output"] == "adam"
-        if unfused or not fusible(memories, grads, "soft_rows", group["backend"]):
-            return None
         linear = {"side": "both", "gram_norm": "eigenvalue", "feature_map": "soft_rows"}
-        rule = rule_of(group | linear, matrix_shape(grads[0], group))
-        return delta_momentum_read(grads, memories, rule, backend=group["backend"])
+        return write_delta(grads, [state["memory.linear"] for state in states], group | linear)
 
     @torch.no_grad()
     def memory_report(self) -> dict[str, MemoryReport]:

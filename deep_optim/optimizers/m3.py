@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deep_optim.ops.addresses import addressable
 from deep_optim.ops.frobenius import frobenius_norm
-from deep_optim.ops.mixed_descent import mixed_descent, mixed_squares
+from deep_optim.ops.mixed_descent import mixed_descent_triton, mixed_squares_triton
 from deep_optim.ops.newton_schulz import Coefficients
 
-from .base import MemoryOptimizer, count_step
+from .base import MemoryOptimizer
 from .matrices import has_memory, matrix_shape
 from .momentum import write_momentum
 from .output_map import orthogonalise, weight_seen
@@ -220,10 +219,11 @@ class M3(MemoryOptimizer):
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)
         return self.read(written, state["memory"], group)
 
-    def write_in_place(
-        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> Tensor | None:
-        return None if group["second_moment"] == "gradient" else write_momentum(grads, states, group)
+    def writes_in_place(self, group: dict[str, Any]) -> bool:
+        return group["second_moment"] != "gradient"
+
+    def write_in_place(self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> Tensor:
+        return write_momentum(grads, states, group)
 
     def output(self, direction: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         mix = group["mix"] if "slow.answer" in state else None
@@ -247,29 +247,25 @@ class M3(MemoryOptimizer):
         state["exp_avg_sq"], weight = _weights(size, seen, state["exp_avg_sq"], step, group)
         return output.mul_(weight)
 
-    def _step_stack(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """The same for the default `mix` and `second_moment`, by kernels where they can: no update is in memory."""
-        states = [self.state[param] for param in params]
+    def step_in_place(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> None:
+        """For the default `mix` and `second_moment`, kernels go on to the end: no update is in memory."""
         slow = [state["slow.answer"] for state in states if "slow.answer" in state]
-        default = len(slow) == len(params) and group["mix"] == "post" and group["second_moment"] == "row"
-        grads = [param.grad for param in params if param.grad is not None]  # all have one
-        memories = [state["memory"] for state in states]
-        fits = default and addressable([*params, *memories], [*grads, *slow], "auto")
-        direction = self.write_in_place(grads, states, group) if fits else None
-        if direction is None:
-            super()._step_stack(group, params)
+        if not slow or group["mix"] != "post" or group["second_moment"] != "row":
+            super().step_in_place(params, grads, states, group)
             return
-        count_step(states)
+        direction = self.write_in_place(grads, states, group)
         fast = orthogonalise(direction, group, cast=False)  # [B, m, n]
         steps = [as_matrices(state["step"], grads[0], matrix_shape(grads[0], group)) for state in states]
         step = stack(steps).to(direction)
         share = self._slow_share(step, group)
-        size = (mixed_squares(fast, slow, share) / fast.shape[-1]).sqrt()  # [B, m, 1]
+        size = (mixed_squares_triton(fast, slow, share) / fast.shape[-1]).sqrt()  # [B, m, 1]
         moments = [state["exp_avg_sq"] for state in states]
         second, weight = _weights(size, size, stack(moments), step, group)
         unstack(moments, second)
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        mixed_descent(params, fast, slow, share, weight, lr=lr, weight_decay=weight_decay)
+        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        mixed_descent_triton(params, fast, slow, share, weight, **rates)
 
 
 def _weights(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deep_optim.ops.addresses import addressable
 from deep_optim.ops.feature_map import FeatureMap, feature_map
 from deep_optim.ops.momentum import momentum_triton
 from deep_optim.ops.newton_schulz import Coefficients
@@ -127,19 +126,16 @@ class Momentum(MemoryOptimizer):
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)
         return self.read(written, state["memory"], group)
 
-    def write_in_place(
-        self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> Tensor | None:
-        if group["feature_map"] != "identity" or group["output"] == "adam":
-            return None
+    def writes_in_place(self, group: dict[str, Any]) -> bool:
+        return group["feature_map"] == "identity" and group["output"] != "adam"
+
+    def write_in_place(self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> Tensor:
         return write_momentum(grads, states, group)
 
 
-def write_momentum(grads: list[Tensor], states: list[dict[str, Tensor]], group: Mapping[str, Any]) -> Tensor | None:
-    """Write the gradients themselves into "memory" and read it [B, m, n], by a kernel if it can: else None."""
+def write_momentum(grads: list[Tensor], states: list[dict[str, Tensor]], group: Mapping[str, Any]) -> Tensor:
+    """Write the gradients themselves into "memory" and read it [B, m, n], by a kernel."""
     memories = [state["memory"] for state in states]
-    if not addressable(memories, grads, "auto"):
-        return None
     split, m, n = matrix_shape(grads[0], group)
     direction = momentum_triton(grads, memories, group["momentum"], group["nesterov"], group["maximize"])
     return direction.reshape(split * len(grads), m, n)

@@ -75,7 +75,9 @@ def matrix_by_matrix(optimizer: "MemoryOptimizer", group: dict[str, Any], params
             owners = [params[each] for each in members]
             states = [{**optimizer.state[param], **state} for param, state in zip(owners, gathered, strict=True)]
             weights = [whole[each][-1] for each in members]
-            direction = optimizer.direction(group, owners, weights, grads, states)
+            in_place = optimizer.addressable([], grads, states, group)
+            read = optimizer.write_in_place(grads, states, group) if in_place else None
+            direction = optimizer.direction(group, owners, weights, grads, states, read)
             blocks = direction.chunk(len(members))
             for number, state, grad, block in zip(members, states, grads, blocks, strict=True):
                 results[number] = [
