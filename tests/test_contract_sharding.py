@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from cases import LR, Case, every
 from deep_optim import capture_inputs
+from deep_optim.optimizers.sharded_step import on_whole
 from problem import assert_same, copy_params, make_model, make_params, model_loss, train
 
 
@@ -56,6 +58,23 @@ def test_fully_sharded_parameters_train(case: Case) -> None:
             optimizer.step()
     for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(whole(ours).detach(), theirs.detach())  # float32: other kernels
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_what_is_needed_whole_is_computed_in_stacks(split: int) -> None:
+    """Matrices of one shape together, sharded or not, and each answer where its question was."""
+    mesh = init_device_mesh("cpu", (1,))
+    plain = [torch.full(shape, float(i)) for i, shape in enumerate([(6, 4), (4, 6), (6, 4), (6, 4)])]
+    sharded = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in plain]
+    stacks = []
+
+    def function(stacked: Tensor) -> Tensor:
+        stacks.append(tuple(stacked.shape))
+        return (stacked + 10).double()
+
+    answers = on_whole([*plain, *sharded], function, {"split": split}, {})
+    assert_same(answers, [tensor + 10 for tensor in plain] * 2)
+    assert sorted(stacks) == sorted([(3 * split, 6 // split, 4), (split, 4 // split, 6)] * 2)
 
 
 def test_inputs_of_tensor_parallel_layers_are_refused_in_words() -> None:

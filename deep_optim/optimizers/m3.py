@@ -33,8 +33,9 @@ from .base import MemoryOptimizer
 from .matrices import has_memory, matrix_shape
 from .momentum import write_momentum
 from .output_map import orthogonalise, weight_seen
-from .sharding import local, on_whole
-from .stacks import as_matrices, matrices, stack, stacks, unstack
+from .sharded_step import on_whole
+from .sharding import local
+from .stacks import as_matrices, stack, unstack
 from .validation import check_at_least, check_choice, check_count
 
 Mix = Literal["post", "pre"]
@@ -205,10 +206,7 @@ class M3(MemoryOptimizer):
         states = [state for state in states if on_device or not state["step"].item() % chunk_size]
         answers = memories = [state["slow.memory"] for state in states]
         if group["mix"] == "post":
-            if all(local(memory) is memory for memory in memories):
-                answers = _answers(memories, group)
-            else:
-                answers = on_whole(memories, lambda memory: _answers([memory], group)[0], self._loads)
+            answers = on_whole(memories, lambda stacked: orthogonalise(stacked, group), group, self._loads)
         for state, answer in zip(states, answers, strict=True):
             memory = local(state["slow.memory"])
             first = (state["step"] % chunk_size == 0).to(memory.device)
@@ -281,13 +279,3 @@ def _weights(
     root = (second / weight_seen(beta2, step)).sqrt()
     weight = 1 / (root + group["eps"]).clamp(min=torch.finfo(size.dtype).tiny)
     return second, weight * (frobenius_norm(size) / frobenius_norm(weight * size))
-
-
-def _answers(memories: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Return σ of each slow memory; equal shapes are stacked."""
-    answers: dict[int, Tensor] = {}
-    for members in stacks(memories):
-        stacked = matrices(members, matrix_shape(members[0], group), members[0].dtype)
-        blocks = orthogonalise(stacked, group).chunk(len(members))
-        answers |= {id(member): block.reshape(member.shape) for member, block in zip(members, blocks, strict=True)}
-    return [answers[id(memory)] for memory in memories]

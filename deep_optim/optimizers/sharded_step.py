@@ -8,6 +8,7 @@
 State that is not of its parameter's shape is the same on every rank: the owner of a matrix sends what it makes of it.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from .matrices import matrix_shape
 from .rounding import exact_dtype
-from .sharding import Job, can_spread, local, on_whole, spread
-from .stacks import stacks
+from .sharding import Job, Loads, can_spread, local, local_of, matrix_cost, spread, whole
+from .stacks import matrices, stacks
 
 if TYPE_CHECKING:
     from .base import MemoryOptimizer
@@ -42,11 +43,34 @@ def entry_by_entry(optimizer: "MemoryOptimizer", group: dict[str, Any], params: 
     if not whole_output:
         return [local(direction) for direction in directions]
 
-    def output(direction: Tensor) -> Tensor:
-        matrix = direction.reshape(matrix_shape(direction, group))
-        return optimizer.output(matrix, matrix, {}, group).reshape(direction.shape).to(direction.dtype)
+    return on_whole(directions, lambda stacked: optimizer.output(stacked, stacked, {}, group), group, optimizer._loads)
 
-    return on_whole(directions, output, optimizer._loads)
+
+def on_whole(
+    tensors: Sequence[Tensor], function: Callable[[Tensor], Tensor], group: Mapping[str, Any], loads: Loads
+) -> list[Tensor]:
+    """Return this rank's shards of `function` of each tensor; sharded ones are spread.
+
+    It is handed stacks [B, m, n] of the matrices that tensors of one shape are in this group, and keeps their shape.
+    """
+
+    def answers(wholes: list[Tensor]) -> list[Tensor]:
+        found = {}
+        for members in stacks(wholes):
+            stacked = function(matrices(members, matrix_shape(members[0], group), members[0].dtype))
+            for member, block in zip(members, stacked.chunk(len(members)), strict=True):
+                found[id(member)] = block.reshape(member.shape).to(member.dtype)
+        return [found[id(each)] for each in wholes]
+
+    sharded = [tensor for tensor in tensors if can_spread(tensor)]
+    rest = [tensor for tensor in tensors if not can_spread(tensor)]
+    results = [torch.empty_like(tensor) for tensor in sharded]
+    jobs = [Job(matrix_cost(tensor), [tensor], [result]) for tensor, result in zip(sharded, results, strict=True)]
+    spread(jobs, lambda _, given: [[answer] for answer in answers([tensor for (tensor,) in given])], loads)
+    done = {id(tensor): local(result) for tensor, result in zip(sharded, results, strict=True)}
+    for tensor, answer in zip(rest, answers([whole(tensor) for tensor in rest]), strict=True):
+        done[id(tensor)] = local_of(answer, tensor)
+    return [done[id(tensor)] for tensor in tensors]
 
 
 def matrix_by_matrix(optimizer: "MemoryOptimizer", group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
@@ -67,14 +91,14 @@ def matrix_by_matrix(optimizer: "MemoryOptimizer", group: dict[str, Any], params
 
     def work(numbers: list[int], given: list[list[Tensor]]) -> list[list[Tensor]]:
         number_of = {id(tensors[0]): number for number, tensors in zip(numbers, given, strict=True)}
-        whole = dict(zip(numbers, given, strict=True))
+        tensors_of = dict(zip(numbers, given, strict=True))
         results = {}
         for grads in stacks([tensors[0] for tensors in given]):
             members = [number_of[id(grad)] for grad in grads]
-            gathered = [dict(zip(sharded[each], whole[each][1:], strict=False)) for each in members]
+            gathered = [dict(zip(sharded[each], tensors_of[each][1:], strict=False)) for each in members]
             owners = [params[each] for each in members]
             states = [{**optimizer.state[param], **state} for param, state in zip(owners, gathered, strict=True)]
-            weights = [whole[each][-1] for each in members]
+            weights = [tensors_of[each][-1] for each in members]
             in_place = optimizer.addressable([], grads, states, group)
             read = optimizer.write_in_place(grads, states, group) if in_place else None
             direction = optimizer.direction(group, owners, weights, grads, states, read)

@@ -85,15 +85,6 @@ def spread(jobs: Sequence[Job], work: Work, loads: Loads) -> None:
         _Spread(mesh, jobs, work, loads).run(numbers)
 
 
-def on_whole(tensors: Sequence[Tensor], function: Callable[[Tensor], Tensor], loads: Loads) -> list[Tensor]:
-    """Return this rank's shards of `function` of each tensor, which keeps its shape; sharded ones are spread."""
-    results = [torch.empty_like(t) if can_spread(t) else local_of(function(whole(t)), t) for t in tensors]
-    pairs = [(tensor, result) for tensor, result in zip(tensors, results, strict=True) if can_spread(tensor)]
-    jobs = [Job(matrix_cost(tensor), [tensor], [result]) for tensor, result in pairs]
-    spread(jobs, lambda numbers, given: [[function(tensor)] for (tensor,) in given], loads)
-    return [local(result) for result in results]
-
-
 def matrix_cost(tensor: Tensor) -> float:
     """Return what a matrix product in Newton-Schulz costs, up to a factor: m n min(m, n)."""
     rows = tensor.shape[0] if tensor.ndim > 1 else 1
