@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deep_optim.ops import mixed_descent as module
+from deep_optim.ops import descend
 from deep_optim.ops.backend import HAS_TRITON
 from deep_optim.ops.mixed_descent import mixed_descent, mixed_squares
 from large_results import LargeResults
@@ -41,7 +41,7 @@ def test_is_the_equation(shape):
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("half", [False, True])
 def test_the_kernels_are_as_exact_as_float32(shape, lr, half, triton_device, monkeypatch):
-    monkeypatch.setattr(module, "on_device", lambda number, device: number)  # whose device is the interpreter's CPU
+    monkeypatch.setattr(descend, "on_device", lambda number, device: number)  # whose device is the interpreter's CPU
     lr = lr.to(triton_device) if isinstance(lr, torch.Tensor) else lr
     params, fast, slow, share, weight = make(shape, triton_device)
     fast = fast.half() if half else fast

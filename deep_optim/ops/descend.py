@@ -69,36 +69,44 @@ if HAS_TRITON:
     from .addresses import block_of, matrix_at
 
     @triton.jit
-    def _descend_kernel(  # type: ignore[no-untyped-def]
-        table_ptr, direction_ptr, lr, size, weight_decay,
-        LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """BLOCK entries of one parameter. Rounded where torch rounds: compiled without fusing products and sums."""
-        batch, at, mask = block_of(size, BLOCK)
+    def descend_block(  # type: ignore[no-untyped-def]
+        param_ptr, direction, at, mask, lr, kept, LR_ON_DEVICE: tl.constexpr
+    ):
+        """Write entries of W, given those of D and `rates`. Rounded where torch rounds, if nothing else is fused."""
         if LR_ON_DEVICE:
             lr = tl.load(lr).to(tl.float32)
-            kept = 1 - lr * weight_decay
-        else:
-            kept = weight_decay  # made of both by the host, in float64
-        direction = tl.load(direction_ptr + batch * size + at, mask=mask, other=0.0).to(tl.float32)
-        param_ptr = matrix_at(table_ptr, batch, ALIGNED)
+            kept = 1 - lr * kept
         param = kept * tl.load(param_ptr + at, mask=mask, other=0.0)
         if LR_ON_DEVICE:
             param = param - lr * direction
         else:
-            param = tl.fma(direction, tl.full((BLOCK,), -lr, tl.float32), param)
+            param = tl.fma(direction, tl.full(direction.shape, -lr, tl.float32), param)
         tl.store(param_ptr + at, param, mask=mask)
+
+    @triton.jit
+    def _descend_kernel(  # type: ignore[no-untyped-def]
+        table_ptr, direction_ptr, lr, size, kept,
+        LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCK entries of one parameter."""
+        batch, at, mask = block_of(size, BLOCK)
+        direction = tl.load(direction_ptr + batch * size + at, mask=mask, other=0.0).to(tl.float32)
+        descend_block(matrix_at(table_ptr, batch, ALIGNED), direction, at, mask, lr, kept, LR_ON_DEVICE)
+
+
+def rates(lr: float | Tensor, weight_decay: float, device: torch.device) -> tuple[float | Tensor, float]:
+    """Return what kernels are given: lr and 1 − lr · weight_decay, or both as they are where lr is on the device."""
+    lr = on_device(lr, device)
+    return lr, weight_decay if isinstance(lr, Tensor) else 1 - lr * weight_decay
 
 
 def descend_triton(params: Sequence[Tensor], direction: Tensor, *, lr: float | Tensor, weight_decay: float) -> None:
     """The same by the kernel, for parameters that are known to be `addressable`, and a direction that fits them."""
-    size, lr = params[0].numel(), on_device(lr, direction.device)
+    size, (lr, kept) = params[0].numel(), rates(lr, weight_decay, direction.device)
     table, aligned = addresses(params)
-    there = isinstance(lr, Tensor)
-    kept = weight_decay if there else 1 - lr * weight_decay
     with on_device_of(direction):
         _descend_kernel[(len(params) * triton.cdiv(size, _BLOCK["BLOCK"]),)](
-            table, direction, lr, size, kept, LR_ON_DEVICE=there, ALIGNED=aligned,
+            table, direction, lr, size, kept, LR_ON_DEVICE=isinstance(lr, Tensor), ALIGNED=aligned,
             **_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     torch.autograd.graph.increment_version(list(params))  # which kernels do not do

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .addresses import ADDRESSABLE, addressable, addresses, on_device
+from .addresses import ADDRESSABLE, addressable, addresses
 from .backend import HAS_TRITON, Backend, on_device_of, tl, triton
-from .descend import descend
+from .descend import descend, rates
 
 _ROWS = {"BLOCK": 1024, "num_warps": 4}
 _TILE = {"BLOCK": 1024, "num_warps": 4}
@@ -89,6 +89,7 @@ def _takes_triton(
 
 if HAS_TRITON:
     from .addresses import block_of, matrix_at
+    from .descend import descend_block
 
     @triton.jit
     def _mixed(fast_ptr, slow_ptr, share, at, mask):  # type: ignore[no-untyped-def]
@@ -116,20 +117,17 @@ if HAS_TRITON:
 
     @triton.jit
     def _mixed_descent_kernel(  # type: ignore[no-untyped-def]
-        table_ptr, fast_ptr, share_ptr, weight_ptr, lr, stack, m, n, weight_decay,
+        table_ptr, fast_ptr, share_ptr, weight_ptr, lr, stack, m, n, kept,
         LR_ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """BLOCK entries of one parameter."""
         size = tl.cast(m, tl.int64) * n
         batch, at, mask = block_of(size, BLOCK)
-        if LR_ON_DEVICE:
-            lr = tl.load(lr).to(tl.float32)
         share = tl.load(share_ptr + batch)
         mixed = _mixed(fast_ptr + batch * size, matrix_at(table_ptr, batch, ALIGNED), share, at, mask)
         weight = tl.load(weight_ptr + batch * m + at // n, mask=mask, other=0.0)
         param_ptr = matrix_at(table_ptr, stack + batch, ALIGNED)
-        param = tl.load(param_ptr + at, mask=mask, other=0.0)
-        tl.store(param_ptr + at, (1 - lr * weight_decay) * param - lr * (weight * mixed), mask=mask)
+        descend_block(param_ptr, weight * mixed, at, mask, lr, kept, LR_ON_DEVICE)
 
 
 def mixed_squares_triton(fast: Tensor, slow: Sequence[Tensor], share: Tensor) -> Tensor:
@@ -153,11 +151,11 @@ def mixed_descent_triton(
     weight_decay: float,
 ) -> None:
     """Likewise."""
-    (stack, m, n), lr = fast.shape, on_device(lr, fast.device)
+    (stack, m, n), (lr, kept) = fast.shape, rates(lr, weight_decay, fast.device)
     table, aligned = addresses((*slow, *params), stack // len(slow))
     with on_device_of(fast):
         _mixed_descent_kernel[(stack * triton.cdiv(m * n, _TILE["BLOCK"]),)](
-            table, fast, share.contiguous(), weight.contiguous(), lr, stack, m, n, weight_decay,
+            table, fast, share.contiguous(), weight.contiguous(), lr, stack, m, n, kept,
             LR_ON_DEVICE=isinstance(lr, Tensor), ALIGNED=aligned, **_TILE,
         )  # fmt: skip
     torch.autograd.graph.increment_version(list(params))  # which kernels do not do
