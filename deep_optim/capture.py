@@ -4,17 +4,16 @@
     K   = X̂ / ‖X̂‖_F                                                the keys; or their Gram, whichever is smaller
     Σ   = KᵀK = mean x̂ x̂ᵀ                                          trace 1
 
-A gradient does not tell which inputs it came from, so forward hooks look at them. Only sums are kept, and only until
-the optimizer has stepped: tr X̂ᵀX̂ is the number of tokens, so that adding Grams, over micro-batches, over the uses of a
-tied weight or over ranks, and dividing by the trace is the mean over all of them.
+A gradient does not tell which inputs it came from, so forward hooks look at them. Only sums are kept
+(`input_sums.py`), over micro-batches, over the uses of a tied weight and over ranks (`sums_over_ranks.py`), and only
+until the optimizer has stepped.
 Nested Learning, arXiv:2512.24695, Eq. 34 and 57, where the keys are layer inputs.
 """
 
-import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import torch
@@ -22,15 +21,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DistributedDataParallel
 
+from .input_sums import InputKeys, InputSum, UnitRows, gram_of
 from .layer_inputs import number_of_rows, reading, spread_places, unit_rows, usual_sample
-
-
-class InputKeys(NamedTuple):
-    """One weight's keys K [G, N, n] or their Gram Σ [G, n, n], for the G groups of a convolution; the other is None."""
-
-    rows: Tensor | None
-    gram: Tensor | None
+from .sums_over_ranks import SumsOverRanks, in_backward
 
 
 def capture_inputs(
@@ -51,6 +46,16 @@ def capture_inputs(
     taken (its forward and backward take 6 N m n), and nearly nothing where it is not. Layers called with the same
     tensor in a row share this.
 
+    Over ranks Grams are summed, n² numbers per layer. Under DDP that is one asynchronous all-reduce, which starts when
+    a forward pass ends whose gradients DDP will reduce (with `no_sync`, the last of a step) and runs beside backward.
+    It takes a copy, into one buffer in which every layer has a Gram, n / m times the size of its weight [m, n] in
+    float32, even where rows were few or a Gram was shared; the buffer lives until the last of them is used. What is
+    seen later, and everything without DDP or in compiled models, is summed at the step.
+
+    All ranks must make the same training forward passes through DDP, though they may call different layers, and step or
+    `clear()` together. A pass of one rank alone, to measure something, belongs under `model.eval()` or
+    `torch.no_grad()`.
+
     Args:
         model: bare or wrapped (DDP, FSDP2). The weights of `nn.Linear` and `nn.Conv1d` to `nn.Conv3d` are watched, not
             those that are used without a call of their module, as in `nn.MultiheadAttention`.
@@ -58,8 +63,8 @@ def capture_inputs(
         every: take one token (a patch, for a convolution) of so many, at fixed places that do not line up with
             sequences. The Gram is a mean over tokens: its error falls with the root of their number, its cost with the
             number. By default 8, and for a kernel of k places 8 k, which looks at the same share of the numbers.
-        process_group: the ranks that see other data, whose Grams are summed at the step; by default all ranks, if
-            `torch.distributed` is initialised. Each step reduces n² numbers per layer.
+        process_group: the ranks that see other data, whose Grams are summed; by default all ranks, if
+            `torch.distributed` is initialised. Beside backward only if it is DDP's own.
 
     Raises:
         TypeError: if `model` is no module.
@@ -86,22 +91,30 @@ def capture_inputs(
     ]
     if not modules:
         raise ValueError("the model has no linear layer or convolution to capture the inputs of")
-    return InputCapture(modules, None if every is None else int(every), process_group)
+    return InputCapture(model, modules, None if every is None else int(every), process_group)
 
 
 class InputCapture:
     """What `capture_inputs` returns, for an optimizer's `inputs`. Leaving its `with` block removes the hooks."""
 
     def __init__(
-        self, modules: Iterable[Any] = (), every: int | None = None, process_group: "dist.ProcessGroup | None" = None
+        self,
+        model: nn.Module | None = None,
+        modules: Iterable[Any] = (),
+        every: int | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
-        self._every, self._process_group = every, process_group
-        self._seen = {module: _Sum() for module in modules}  # by module: a sharding wrapper exchanges its weight
-        self._ready: dict[Tensor, _Sum] = {}  # by weight, summed over ranks
+        self._every = every
+        self._seen = {module: InputSum() for module in modules}  # by module: a sharding wrapper exchanges its weight
+        self._over_ranks = SumsOverRanks(self._seen, process_group)
+        self._ready: dict[Tensor, InputSum] = {}  # by weight, summed over ranks
         self._forward: set[Any] = set()  # what was called outside of backward since the last step
         self._latest: tuple[Any, ...] | None = None  # the input seen last, how it was read, and its rows
         self._places: dict[Any, Tensor] = {}  # which rows are taken of so many
         self._handles = [module.register_forward_hook(self._observe, with_kwargs=True) for module in self._seen]
+        if model is not None:  # last, so that a model that is one layer has been looked at
+            inner = model.module if isinstance(model, DistributedDataParallel) else model
+            self._handles.append(inner.register_forward_hook(self._end_forward))
 
     def remove(self) -> None:
         """Take the hooks off the model and forget everything."""
@@ -124,7 +137,8 @@ class InputCapture:
         self._forget()
         self._ready.clear()
         for module in self._seen:
-            self._seen[module] = _Sum()
+            self._seen[module] = InputSum()
+        self._over_ranks.drop()
 
     def gram(self, weight: Tensor) -> Tensor:
         """Return Σ [n, n] of the inputs since the last step, [G, n, n] for a grouped convolution.
@@ -133,16 +147,13 @@ class InputCapture:
         """
         self.collect()
         rows, gram = self.keys(weight)
-        return (gram if rows is None else _gram(rows)).squeeze(0)  # type: ignore[union-attr]
+        return (gram if rows is None else gram_of(rows)).squeeze(0)  # type: ignore[union-attr]
 
     def collect(self) -> None:
         """Make what has been seen ready for `keys`: summed over the uses of a tied weight, and over ranks."""
         self._forget()
-        seen = self._over_ranks() if dist.is_available() and dist.is_initialized() else self._seen
-        for module, inputs in seen.items():
-            if not inputs.empty:
-                self._ready.setdefault(module.weight, _Sum()).merge(inputs)
-                self._seen[module] = _Sum()
+        for module, inputs in self._over_ranks.collect():
+            self._ready.setdefault(module.weight, InputSum()).merge(inputs)
 
     def __contains__(self, weight: object) -> bool:
         return weight in self._ready
@@ -159,26 +170,8 @@ class InputCapture:
         """Drop what is of use within a step; an optimizer may step inside backward, before the last second pass."""
         self._latest = None
         self._places.clear()
-        if not _in_backward():
+        if not in_backward():
             self._forward.clear()
-
-    def _over_ranks(self) -> "dict[Any, _Sum]":
-        """Return the sums over all ranks of what each has seen; a layer that none has seen is left out."""
-        group = self._process_group
-        if dist.get_world_size(group) == 1:
-            return self._seen
-        device = next(iter(self._seen)).weight.device
-        used = torch.tensor([not inputs.empty for inputs in self._seen.values()], dtype=torch.int32, device=device)
-        dist.all_reduce(used, group=group)
-        summed, under_way = {}, []
-        for (module, inputs), ranks in zip(self._seen.items(), used.tolist(), strict=True):
-            if ranks:
-                gram = inputs.total(module).clone()  # other layers may hold the same tensor
-                under_way.append(dist.all_reduce(gram, group=group, async_op=True))  # while the next is summed up
-                summed[module] = _Sum(gram)
-        for reduction in under_way:
-            reduction.wait()
-        return summed
 
     def _observe(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
         if not (module.training and torch.is_grad_enabled() and module in self._seen and module.weight.requires_grad):
@@ -191,21 +184,24 @@ class InputCapture:
             )
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            if not _in_backward():  # where a reentrant checkpoint's first pass, without gradients, is not seen
+            if not in_backward():  # where a reentrant checkpoint's first pass, without gradients, is not seen
                 self._forward.add(module)
             elif module in self._forward:  # a checkpoint's second pass
                 return
         with torch.no_grad(), _full_precision(x.device.type):
             if compiling:  # equal products are merged by the compiler
                 places = spread_places(number_of_rows(module, x), self._every_of(module), x.device)
-                inputs.add_gram(_gram(unit_rows(module, x.detach(), places)))
+                inputs.add_gram(gram_of(unit_rows(module, x.detach(), places)))
             else:
                 inputs.add(self._rows(module, x))
+
+    def _end_forward(self, model: nn.Module, args: object, output: object) -> None:
+        self._over_ranks.send(model)
 
     def _every_of(self, module: Any) -> int:
         return usual_sample(module) if self._every is None else self._every
 
-    def _rows(self, module: Any, x: Tensor) -> "_Rows":
+    def _rows(self, module: Any, x: Tensor) -> UnitRows:
         """The rows of an input, the same object for layers that are called with it in a row."""
         how = x._version, reading(module)
         if self._latest is not None and self._latest[0]() is x and self._latest[1] == how:
@@ -213,84 +209,9 @@ class InputCapture:
         asked = number_of_rows(module, x), self._every_of(module), x.device
         if asked not in self._places:
             self._places[asked] = spread_places(*asked)
-        rows = _Rows(unit_rows(module, x.detach(), self._places[asked]))
+        rows = UnitRows(unit_rows(module, x.detach(), self._places[asked]))
         self._latest = ref(x), how, rows
         return rows
-
-
-class _Rows:
-    """Unit rows [G, N, n] of one input, and their Gram once somebody has asked for it."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self._gram: Tensor | None = None
-
-    def gram(self) -> Tensor:
-        if self._gram is None:
-            self._gram = _gram(self.rows)
-        return self._gram
-
-
-class _Sum:
-    """The inputs of one layer: rows while they are no more than n, then the sum of their Grams.
-
-    Tensors are replaced, never written, because layers share them.
-    """
-
-    def __init__(self, gram: Tensor | None = None) -> None:
-        self.rows: list[_Rows] = []
-        self.total_gram = gram
-        self._keys: InputKeys | None = None
-
-    @property
-    def empty(self) -> bool:
-        return not self.rows and self.total_gram is None
-
-    def add(self, rows: _Rows) -> None:
-        self._keys = None
-        self.rows.append(rows)
-        if self.total_gram is not None or sum(part.rows.shape[-2] for part in self.rows) > rows.rows.shape[-1]:
-            self._fold()
-
-    def add_gram(self, gram: Tensor) -> None:
-        self._keys = None
-        self.total_gram = gram if self.total_gram is None else self.total_gram + gram
-
-    def merge(self, other: "_Sum") -> None:
-        if other.total_gram is not None:
-            self.add_gram(other.total_gram)
-            self._fold()
-        for rows in other.rows:
-            self.add(rows)
-
-    def _fold(self) -> None:
-        for rows in self.rows:
-            self.add_gram(rows.gram())
-        self.rows = []
-
-    def total(self, module: Any) -> Tensor:
-        """The sum of Grams, zero for a layer that this rank has not called."""
-        self._fold()
-        if self.total_gram is None:
-            weight, groups = module.weight, getattr(module, "groups", 1)
-            n = math.prod(weight.shape[1:])
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            self.total_gram = torch.zeros(groups, n, n, dtype=dtype, device=weight.device)
-        return self.total_gram
-
-    def keys(self) -> InputKeys:
-        if self._keys is None:
-            if self.total_gram is None:
-                rows = torch.cat([part.rows for part in self.rows], -2)
-                self._keys = InputKeys(rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=1), None)
-            else:  # the trace is the number of tokens; 1 instead of none
-                trace = self.total_gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-                self._keys = InputKeys(None, self.total_gram / trace.clamp(min=1))
-        return self._keys
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:
@@ -306,7 +227,3 @@ def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
                 yield from _flatten([each["params"]] if isinstance(each["params"], Tensor) else each["params"])
         else:
             yield each[1] if isinstance(each, tuple) else each
-
-
-def _gram(rows: Tensor) -> Tensor:  # [G, N, n] -> [G, n, n]
-    return rows.mT @ rows

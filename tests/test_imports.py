@@ -16,8 +16,10 @@ ALLOWED = {
     "deep_optim.optimizers": ("torch", "deep_optim.ops", "deep_optim.capture"),
     "deep_optim.models": ("torch", "deep_optim.ops"),
     "deep_optim.routing": ("torch",),
-    "deep_optim.capture": ("torch", "deep_optim.layer_inputs"),
+    "deep_optim.capture": ("torch", "deep_optim.layer_inputs", "deep_optim.input_sums", "deep_optim.sums_over_ranks"),
     "deep_optim.layer_inputs": ("torch",),
+    "deep_optim.input_sums": ("torch",),
+    "deep_optim.sums_over_ranks": ("torch", "deep_optim.input_sums"),
     "deep_optim.create": (
         "torch",
         "deep_optim.optimizers",
