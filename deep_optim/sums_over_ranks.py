@@ -30,18 +30,14 @@ class SumsOverRanks:
         self._under_way: list[_Buffer] = []
         self._arrived: dict[Any, InputSum] = {}
         self._late: set[Any] = set()  # layers that no rank had called when their sums were sent
-        self._compiled = False
 
     def send(self, model: nn.Module) -> None:
         """Start the sum over ranks, at the end of a forward pass of `model`, if DDP will reduce its gradients.
 
         A layer that no rank has called by then, such as one that a reentrant checkpoint hides, sends zeros once, and
-        from then on waits for the step. So does all that is compiled: a rank that gives up compiling must do as the
-        others.
+        from then on waits for the step. So does all that is compiled: graphs hold no collectives of ours.
         """
-        if torch.compiler.is_compiling():
-            self._compiled = True
-        elif not self._compiled and _reduces_gradients_of(model, self._process_group):
+        if not torch.compiler.is_compiling() and _reduces_gradients_of(model, self._process_group):
             self._receive()  # no more than one buffer is under way, and all ranks know the same of late layers
             layers = [layer for layer in self._seen if layer.weight.requires_grad and layer not in self._late]
             self._under_way = [

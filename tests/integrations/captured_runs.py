@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from deep_optim import capture_inputs
 
@@ -76,7 +76,13 @@ def more_experts_in_a_later_pass(model: Any, rank: int) -> None:
 
 
 def checkpointed_as_a_whole(model: Any, rank: int) -> None:
-    checkpoint(model, draw(rank), 0, 1, 2, use_reentrant=False).sum().backward()
+    """DDP's own forward pass ends a second time, inside backward."""
+    with set_checkpoint_early_stop(False):
+        checkpoint(model, draw(rank), 0, 1, 2, use_reentrant=False).sum().backward()
+
+
+def reentrant_as_a_whole(model: Any, rank: int) -> None:
+    checkpoint(model, draw(rank), 0, 1, 2, use_reentrant=True).sum().backward()
 
 
 def evaluated_on_one_rank(model: Any, rank: int) -> None:
@@ -110,6 +116,7 @@ RUNS: dict[str, Callable[[Any, int], None]] = {
     "checkpointed": usual,
     "checkpointed as a whole": checkpointed_as_a_whole,
     "reentrant": usual,
+    "reentrant as a whole": reentrant_as_a_whole,
     "frozen": usual,
     "evaluated on one rank": evaluated_on_one_rank,
     "without the wrapper on one rank": without_the_wrapper_on_one_rank,

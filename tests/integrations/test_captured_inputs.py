@@ -21,6 +21,7 @@ LAUNCHES = dict.fromkeys(RUNS, [SENT] * STEPS) | {
     "other experts on each rank": [SENT, "sent 4, buckets, step, called"],
     "more experts in a later pass": [SENT, "sent 4, buckets, step, called"],
     "reentrant": [f"{SENT}, 4 × sum", "sent 1, buckets, step, called, 4 × sum"],
+    "reentrant as a whole": ["buckets, step, called, 5 × sum"] * STEPS,
     "without the wrapper on one rank": [f"{SENT}, 3 × sum"] * STEPS,
 }
 
