@@ -14,7 +14,7 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
     """Ratio of step times to AdamW's, with quartiles; milliseconds and state beside the bars."""
     shapes = document["shapes"]
     with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(1, len(shapes), figsize=(4.4 * len(shapes), 3.4), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(1, len(shapes), figsize=(4.4 * len(shapes) + 3.2, 3.4), sharey=True, squeeze=False)
         for axis, (shape, result) in zip(axes[0], shapes.items(), strict=True):
             arms = result["arms"]
             for row, (arm, numbers) in enumerate(arms.items()):
@@ -23,12 +23,14 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
                 fade = 0.45 if arm != name else 0.9
                 axis.barh(row, numbers["ratio"], xerr=spread, color=COLORS[name], alpha=fade, error_kw={"lw": 1})
                 kept, made = numbers["state_bytes_per_parameter"], numbers["transient_bytes_per_parameter"]
-                note = f"  {numbers['ms']:.3g} ms, {kept:.3g} + {made:.2g} B"
+                note = f"  {_digits(numbers['ms'])} ms, {kept:.3g} + {made:.2g} B"
                 axis.text(numbers["ratio_q3"], row, note, va="center", fontsize=8)
             titles = [OPTIMIZERS[arm].title if arm in OPTIMIZERS else "AdamW again" for arm in arms]
             axis.set_yticks(range(len(arms)), titles)
             axis.set(xscale="log", title=f"{shape}, {result['parameters'] / 1e6:.2f}M parameters")
-            axis.set_xlim(min(0.3, *(n["ratio_q1"] for n in arms.values())), 6 * max(n["ratio"] for n in arms.values()))
+            axis.set_xlim(
+                min(0.3, *(n["ratio_q1"] for n in arms.values())), 12 * max(n["ratio"] for n in arms.values())
+            )
             axis.axvline(1, color="black", linewidth=0.8)
         axes[0][0].invert_yaxis()
         label = (
@@ -38,6 +40,11 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
         figure.savefig(path)
         plt.close(figure)
     return path
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def draw_kernels(document: Mapping[str, Any], path: Path) -> Path:
