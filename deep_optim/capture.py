@@ -11,7 +11,6 @@ Nested Learning, arXiv:2512.24695, Eq. 34 and 57, where the keys are layer input
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any
 from weakref import ref
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 
-from .input_sums import InputKeys, InputSum, UnitRows, gram_of
+from .input_sums import InputKeys, InputSum, UnitRows, full_precision, gram_of
 from .layer_inputs import number_of_rows, reading, spread_places, unit_rows, usual_sample
 from .sums_over_ranks import SumsOverRanks, in_backward
 
@@ -188,7 +187,7 @@ class InputCapture:
                 self._forward.add(module)
             elif module in self._forward:  # a checkpoint's second pass
                 return
-        with torch.no_grad(), _full_precision(x.device.type):
+        with torch.no_grad(), full_precision(x.device.type):
             if compiling:  # equal products are merged by the compiler
                 places = spread_places(number_of_rows(module, x), self._every_of(module), x.device)
                 inputs.add_gram(gram_of(unit_rows(module, x.detach(), places)))
@@ -212,11 +211,6 @@ class InputCapture:
         rows = UnitRows(unit_rows(module, x.detach(), self._places[asked]))
         self._latest = ref(x), how, rows
         return rows
-
-
-def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on: entering its context costs as much as a small Gram."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:

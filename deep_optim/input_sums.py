@@ -8,6 +8,7 @@ number of tokens: S / tr S is the mean over all of them.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,11 @@ class InputSum:
 
 def gram_of(rows: Tensor) -> Tensor:  # [G, N, n] -> [G, n, n]
     return rows.mT @ rows
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on: entering its context costs as much as a small Gram."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def gram_size(layer: Any) -> tuple[int, int, int]:

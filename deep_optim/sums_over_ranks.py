@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .input_sums import InputSum, gram_dtype, gram_size
+from .input_sums import InputSum, full_precision, gram_dtype, gram_size
 
 
 class SumsOverRanks:
@@ -109,7 +109,8 @@ class _Buffer:
         self._grams: dict[Any, Tensor] = {}  # [G, n, n]
         for place, layer in enumerate(list(sums)):
             gram = self._grams[layer] = grams[place].view(gram_size(layer))
-            total = sums.pop(layer).total()  # frees this rank's, before the next is made of its rows
+            with full_precision(device.type):  # the forward pass may be in autocast
+                total = sums.pop(layer).total()  # frees this rank's, before the next is made of its rows
             if total is None:
                 gram.zero_()
                 self._called[place].zero_()

@@ -85,6 +85,12 @@ def reentrant_as_a_whole(model: Any, rank: int) -> None:
     checkpoint(model, draw(rank), 0, 1, 2, use_reentrant=True).sum().backward()
 
 
+def with_autocast(model: Any, rank: int) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(draw(rank), 0, 1, 2).sum()
+    loss.backward()
+
+
 def evaluated_on_one_rank(model: Any, rank: int) -> None:
     if rank == 1:
         model.eval()
@@ -118,6 +124,7 @@ RUNS: dict[str, Callable[[Any, int], None]] = {
     "reentrant": usual,
     "reentrant as a whole": reentrant_as_a_whole,
     "frozen": usual,
+    "autocast": with_autocast,
     "evaluated on one rank": evaluated_on_one_rank,
     "without the wrapper on one rank": without_the_wrapper_on_one_rank,
     "a step left out": a_step_left_out,
@@ -261,6 +268,16 @@ def of_other_ranks() -> dict[str, Any]:
         return {"log": list(log), "grams": grams(capture, model)}
 
 
+def of_a_part() -> dict[str, Any]:
+    """Sums over one layer of the model, whose calls DDP does not keep in step."""
+    model, log = Experts(), Log()
+    ddp = DistributedDataParallel(model)
+    capture = capture_inputs(model.first, every=1)
+    with log.kept():
+        usual(ddp, dist.get_rank())
+        return {"log": list(log), "grams": grams(capture, model)}
+
+
 def of_one_layer() -> dict[str, Any]:
     layer, log = nn.Linear(WIDTH, 2), Log()
     ddp = DistributedDataParallel(layer)
@@ -337,7 +354,11 @@ def on_two() -> dict[str, Any]:
         "forgotten": forgotten(),
         "copied": copied(),
         "other ranks": of_other_ranks(),
+        "a part": of_a_part(),
         "one layer": of_one_layer(),
         "two dtypes": of_two_dtypes(),
-        **{how: compiled(how) for how in COMPILED},
     }
+
+
+def compiled_on_two() -> dict[str, Any]:
+    return {how: compiled(how) for how in COMPILED}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from captured_runs import COMPILED, RUNS, STEPS, alone, compiled_alone, on_two
+from captured_runs import COMPILED, RUNS, STEPS, alone, compiled_alone, compiled_on_two, on_two
 from problem import assert_same
 from ranks import on_ranks
 
@@ -29,6 +29,11 @@ LAUNCHES = dict.fromkeys(RUNS, [SENT] * STEPS) | {
 @pytest.fixture(scope="module")
 def told() -> list[dict[str, Any]]:
     return on_ranks(2, on_two)
+
+
+@pytest.fixture(scope="module")
+def told_of_graphs() -> list[dict[str, Any]]:
+    return on_ranks(2, compiled_on_two)
 
 
 def launches(log: list[str]) -> str:
@@ -69,11 +74,13 @@ def test_what_is_under_way_can_be_forgotten(told: list[dict[str, Any]]) -> None:
         assert not torch.allclose(rank["forgotten"]["second"]["first"], usual["first"])
 
 
-@pytest.mark.parametrize("run, log", [("copied", ["sent 5"]), ("other ranks", [])])
-def test_only_the_ranks_of_ddp_send_and_no_copy(told: list[dict[str, Any]], run: str, log: list[str]) -> None:
+@pytest.mark.parametrize("run, log", [("copied", ["sent 5"]), ("other ranks", []), ("a part", [])])
+def test_only_what_ddp_keeps_in_step_is_sent(told: list[dict[str, Any]], run: str, log: list[str]) -> None:
+    """The model, by the ranks of DDP; no copy of it, no part of it, no other ranks."""
     for rank in told:
         assert rank[run]["log"] == log
-        torch.testing.assert_close(rank[run]["grams"], alone("usual")[0])
+        expected = alone("usual")[0]
+        torch.testing.assert_close(rank[run]["grams"], {"first": expected["first"]} if run == "a part" else expected)
 
 
 def test_a_model_of_one_layer_sends_what_it_has_just_seen(told: list[dict[str, Any]]) -> None:
@@ -91,10 +98,12 @@ def test_each_dtype_has_a_buffer(told: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("how", COMPILED)
-def test_compiled_models_agree(told: list[dict[str, Any]], how: str) -> None:
+def test_compiled_models_agree(told_of_graphs: list[dict[str, Any]], how: str) -> None:
     """A graph sends nothing, nor does a rank that has given up compiling; around a graph inside DDP all is as ever."""
-    for rank in told:
-        assert_same([step["grams"] for step in rank[how]["steps"]], [step["grams"] for step in told[0][how]["steps"]])
+    for rank in told_of_graphs:
+        assert_same(
+            [step["grams"] for step in rank[how]["steps"]], [step["grams"] for step in told_of_graphs[0][how]["steps"]]
+        )
         torch.testing.assert_close([step["grams"] for step in rank[how]["steps"]], compiled_alone())
         expected = "sent 5, step, called" if how == "within" else "step, called, 5 × sum"
         assert {launches(step["log"]) for step in rank[how]["steps"]} == {expected}
