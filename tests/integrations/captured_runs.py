@@ -40,9 +40,17 @@ class Experts(nn.Module):
         return self.head(x)
 
 
+_step = 0  # of the run that is on: each has other data
+
+
+def begin(step: int) -> None:
+    global _step
+    _step = step
+
+
 def draw(rank: int, part: int = 0) -> Tensor:
     """More rows than features on rank 0, whose Gram is kept, and fewer on rank 1, which are kept themselves."""
-    generator = torch.Generator().manual_seed(10 * part + rank)
+    generator = torch.Generator().manual_seed(100 * _step + 10 * part + rank)
     return torch.randn(9 if rank == 0 else 2, WIDTH, generator=generator).requires_grad_()
 
 
@@ -206,13 +214,15 @@ def run(name: str, given: str = "wrapper") -> dict[str, Any]:
     ddp.register_comm_hook(None, log.bucket)
     told = []
     with log.kept(), capture_inputs(ddp if given == "wrapper" else model, every=1) as capture:
-        for _ in range(STEPS):
+        for step in range(STEPS):
+            begin(step)
             ddp.zero_grad()
             RUNS[name](ddp, dist.get_rank())
             arrived = log.arrives()
             log.append("step")
             told.append({"grams": grams(capture, model), "log": list(log), "arrived": arrived})
             log.clear()
+    begin(0)
     return {"steps": told, "grads": [param.grad for param in model.parameters() if param.grad is not None]}
 
 
@@ -220,21 +230,24 @@ def alone(name: str) -> list[dict[str, Tensor]]:
     """The same in one process, which runs what each rank does."""
     model = make(name)
     capture, told = capture_inputs(model, every=1), []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        begin(step)
         for rank in range(2):
             model.train()
             RUNS[name](model, rank)
         told.append(grams(capture, model))
+    begin(0)
     return told
 
 
 def forgotten() -> dict[str, Any]:
-    """Sums that are under way when they are cleared, or when the hooks are removed."""
+    """Sums that have arrived or are under way when they are cleared, or when the hooks are removed."""
     model, rank = Experts(), dist.get_rank()
     ddp, log = DistributedDataParallel(model), Log()
     with log.kept():
         capture = capture_inputs(ddp, every=1)
         usual(ddp, rank)
+        usual(ddp, rank, part=2)
         capture.clear()
         nothing = grams(capture, model)
         usual(ddp, rank, part=1)
