@@ -32,7 +32,7 @@ class Topics:
 
     metric = "accuracy"
     higher_is_better = True
-    unit = "vision-vit"
+    unit = "mlp"
     factors = (1 / 4, 1.0, 4.0, 16.0)
     steps = 200
     memory = ()
