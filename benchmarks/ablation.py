@@ -73,6 +73,7 @@ class Ablation:
         every = dict.fromkeys(trial for names in trials.values() for runs in names.values() for trial in runs)
         with Meter(sum(trial.steps for trial in every)) as meter:
             run_trials("ablation", every, results, meter, args.workers)
+        results.document.pop("equal_wall", None)
         results.document |= {
             "benchmark": self.name, "machine": machine(), "versions": versions(), "reference": self.reference,
             "config": {"steps": args.steps, "seeds": args.seeds, **task.describe(), "alphabets": ALPHABETS},

@@ -30,7 +30,7 @@ def add_arguments(
     parser.add_argument("--workers", type=int, default=cores(), help="processes, one thread each")
     parser.add_argument("--output", type=Path, default=output, help="the JSON file; the plot lies beside it")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs of the JSON file")
-    parser.add_argument("--plot-only", action="store_true", help="only report and draw --output again")
+    parser.add_argument("--plot-only", type=Path, metavar="FILE", help="only report and draw a JSON file again")
 
 
 def carry_out(
@@ -56,7 +56,9 @@ def carry_out(
     """
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else width)
-    results = Results(args.output, resume=args.resume or args.plot_only, kind=kind)
+    if args.plot_only and not args.plot_only.exists():
+        sys.exit(f"no results in {args.plot_only}; run without --plot-only")
+    results = Results(args.plot_only or args.output, resume=args.resume or args.plot_only is not None, kind=kind)
     if not args.plot_only:
         try:
             run(args, results, console)

@@ -40,18 +40,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    if args.plot_only:
-        console = Console(width=None if sys.stdout.isatty() else 150)
-        results = Results(args.plot_only, resume=True, kind=Trial)
-        console.print(f"plot: {draw_convergence(results.document, results.trials, args.plot_only.with_suffix('.png'))}")
-        return 0
     return carry_out("convergence", arguments, args, kind=Trial, run=run, report=report)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line over preset over the task's own defaults."""
     about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m benchmarks convergence", description=about, conflict_handler="resolve")
+    parser = argparse.ArgumentParser("python -m benchmarks convergence", description=about)
     parser.add_argument("--preset", choices=PRESETS, help="demo: minutes, untuned; full: text, everyone; gpu: gpt")
     parser.add_argument("--task", choices=TASKS, default="text")
     corpora = ["stdlib", "imdb", "newsgroups", "shakespeare"]
@@ -70,8 +65,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=12, help=f"timing rounds of {STEPS_PER_CALL} steps")
     add_arguments(parser)
-    # Instead of the flag, hence the conflict_handler:
-    parser.add_argument("--plot-only", type=Path, metavar="FILE", help="only draw the plot of a JSON file")
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(arguments)

@@ -74,7 +74,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     }
     args.options = {key: getattr(args, key) for key in keys[args.task] if getattr(args, key)}
     if not args.output:
-        words = ["forgetting", *(["demo"] if preset == "demo" else []), args.corpus or args.task]
+        words = ["forgetting", *(["demo"] if preset == "demo" else []), args.options.get("corpus", args.task)]
         args.output = RESULTS / f"{'-'.join(words)}.json"
     return args
 

@@ -45,11 +45,11 @@ def capture_inputs(
     taken (its forward and backward take 6 N m n), and nearly nothing where it is not. Layers called with the same
     tensor in a row share this.
 
-    Over ranks Grams are summed, n² numbers per layer. Under DDP that is one asynchronous all-reduce, which starts when
-    a forward pass ends whose gradients DDP will reduce (with `no_sync`, the last of a step) and runs beside backward.
-    It takes a copy, into one buffer in which every layer has a Gram, n / m times the size of its weight [m, n] in
-    float32, even where rows were few or a Gram was shared; the buffer lives until the last of them is used. What is
-    seen later, and everything without DDP or in compiled models, is summed at the step.
+    Over ranks Grams are summed, n² numbers per layer. Under DDP that is one asynchronous all-reduce, or one for each
+    dtype, which starts when a forward pass ends whose gradients DDP will reduce (with `no_sync`, the last of a step)
+    and runs beside backward. It takes a copy, into one buffer in which every layer has a Gram, n / m times the size of
+    its weight [m, n] in float32, even where rows were few or a Gram was shared; the buffer lives until the last of them
+    is used. What is seen later, and everything without DDP or where DDP itself is compiled, is summed at the step.
 
     All ranks must make the same training forward passes through DDP, though they may call different layers, and step or
     `clear()` together. A pass of one rank alone, to measure something, belongs under `model.eval()` or

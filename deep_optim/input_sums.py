@@ -31,7 +31,8 @@ class UnitRows:
 
     def gram(self) -> Tensor:
         if self._gram is None:
-            self._gram = gram_of(self.rows)
+            with full_precision(self.rows.device.type):  # whoever asks may be in autocast
+                self._gram = gram_of(self.rows)
         return self._gram
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .input_sums import InputSum, full_precision, gram_dtype, gram_size
+from .input_sums import InputSum, gram_dtype, gram_size
 
 
 class SumsOverRanks:
@@ -35,7 +35,7 @@ class SumsOverRanks:
         """Start the sum over ranks, at the end of a forward pass of `model`, if DDP will reduce its gradients.
 
         A layer that no rank has called by then, such as one that a reentrant checkpoint hides, sends zeros once, and
-        from then on waits for the step. So does all that is compiled: graphs hold no collectives of ours.
+        from then on waits for the step. So does all where DDP itself is compiled: graphs hold no collectives of ours.
         """
         if not torch.compiler.is_compiling() and _reduces_gradients_of(model, self._process_group):
             self._receive()  # no more than one buffer is under way, and all ranks know the same of late layers
@@ -109,8 +109,7 @@ class _Buffer:
         self._grams: dict[Any, Tensor] = {}  # [G, n, n]
         for place, layer in enumerate(list(sums)):
             gram = self._grams[layer] = grams[place].view(gram_size(layer))
-            with full_precision(device.type):  # the forward pass may be in autocast
-                total = sums.pop(layer).total()  # frees this rank's, before the next is made of its rows
+            total = sums.pop(layer).total()  # frees this rank's, before the next is made of its rows
             if total is None:
                 gram.zero_()
                 self._called[place].zero_()

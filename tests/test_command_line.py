@@ -49,7 +49,9 @@ def test_a_finished_file_is_reported_again(tmp_path, capsys):
     reported = capsys.readouterr().out
     written = file.read_bytes()
     file.with_suffix(".png").unlink()
-    assert command.main([*arguments, "--plot-only"]) == 0
+    assert command.main(["m3", "--plot-only", str(file)]) == 0
     again = capsys.readouterr().out
     assert again in reported and "mix, at equal steps" in again
     assert file.read_bytes() == written and file.with_suffix(".png").exists()
+    with pytest.raises(SystemExit, match=r"no results in .*none\.json; run without --plot-only"):
+        command.main(["m3", "--plot-only", str(tmp_path / "none.json")])

@@ -244,7 +244,7 @@ def test_runs_end_to_end_and_goes_on_where_it_stopped(task: str, tmp_path: Path,
     assert command.main([*arguments, "--resume"]) == 0
     assert "learn:" not in capsys.readouterr().out
     file.with_suffix(".png").unlink()
-    assert command.main([*arguments, "--plot-only"]) == 0
+    assert command.main(["forgetting", "--plot-only", str(file)]) == 0
     assert file.with_suffix(".png").exists()
     again = json.loads(file.read_text())
     assert again["summary"] == document["summary"]

@@ -65,7 +65,12 @@ def test_both_take_the_same_steps(case: Case, triton_device, monkeypatch):
 @pytest.mark.parametrize("output", ["newton_schulz", "identity"])
 @pytest.mark.parametrize("cls", [Momentum, DeltaMomentum, DMGD, M3], ids=lambda cls: cls.__name__)
 def test_an_equation_of_ones_own_is_not_passed_over(cls, output, triton_device, monkeypatch):
-    """A subclass that overrides `update`, `features` or `output` is stepped by what it says."""
+    """A subclass that overrides `update`, `features` or `output`, or inherits another, is stepped by what it says."""
+
+    class Update:
+        def update(self, written, state, group):
+            seen.append("update")
+            return super().update(written, state, group)
 
     class Own(cls):
         def update(self, written, state, group):
@@ -82,14 +87,53 @@ def test_an_equation_of_ones_own_is_not_passed_over(cls, output, triton_device, 
             seen.append("output")
             return super().output(direction, written, state, group)
 
+    class Mixed(Update, cls):
+        pass
+
     by_kernels(monkeypatch, True)
     options = {} if cls is M3 else {"output": output}
-    for own in (Own, Features, Output):
+    for own in (Own, Features, Output, Mixed):
         seen = []
         param = Parameter(torch.ones(6, 4, device=triton_device))
         param.grad = torch.ones_like(param)
         own([param], **options).step()
         assert seen
+
+
+def test_kernels_of_ones_own_are_not_passed_over(triton_device, monkeypatch):
+    """A subclass with another equation and kernels for it, of a class that takes the weights along in its own."""
+
+    class Mine(DeltaMomentum):
+        def update(self, written, state, group):
+            return torch.full_like(written, -1.0)
+
+        def writes_in_place(self, group):
+            return True
+
+        def write_in_place(self, grads, states, group):
+            return torch.full((len(grads), *grads[0].shape), -1.0, device=grads[0].device)
+
+    for wanted in (True, False):
+        by_kernels(monkeypatch, wanted)
+        param = Parameter(torch.ones(6, 4, device=triton_device))
+        param.grad = torch.ones_like(param)
+        Mine([param], lr=1.0, weight_decay=0.0, output="identity").step()
+        assert torch.equal(param, torch.full_like(param, 2.0))
+
+
+@torch.no_grad()
+def test_weights_that_share_memory_are_not_written_in_parallel(triton_device, monkeypatch):
+    """They are stepped one by one, and a stack of them is not `addressable`; neighbours in one buffer are."""
+    taken = by_kernels(monkeypatch, True)
+    buffer = torch.randn(48, device=triton_device)
+    first, overlapping, neighbour = (Parameter(buffer[start : start + 24].view(6, 4)) for start in (0, 12, 24))
+    for other, stacked in ((overlapping, [True, True]), (neighbour, [True])):
+        taken.clear()
+        for param in (first, other):
+            param.grad = torch.ones_like(param)
+        Momentum([first, other]).step()
+        assert taken == stacked
+        assert addresses.addressable([first, other], [], "triton") == (other is neighbour)
 
 
 def test_memories_that_an_option_left_without_a_slow_one_are_stepped_apart(triton_device, monkeypatch):

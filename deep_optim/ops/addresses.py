@@ -58,7 +58,7 @@ def addressable(written: Sequence[Tensor], read: Sequence[Tensor], backend: Back
 
 
 def apart(tensors: Sequence[Tensor]) -> bool:
-    """Return whether no two of these tensors of one size share memory; neighbours in one buffer do not."""
+    """Return whether no two of these contiguous tensors of one size share memory; neighbours in one buffer do not."""
     return not tensors or _apart(tuple([tensor.data_ptr() for tensor in tensors]), tensors[0].nbytes)
 
 

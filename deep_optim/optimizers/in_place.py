@@ -12,6 +12,8 @@ from torch import Tensor
 from deep_optim.ops.addresses import addressable
 from deep_optim.ops.descend import descend_triton
 
+_EQUATION = ("features", "update", "read", "output", "pull")  # what kernels do at once
+
 
 class InPlaceMixin:
     """What a `MemoryOptimizer` with kernels defines: `in_place`, `writes_in_place` and `write_in_place`."""
@@ -23,11 +25,13 @@ class InPlaceMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A class with an equation of its own does not inherit the kernels of another's."""
         super().__init_subclass__(**kwargs)
-        if {"features", "update", "read", "output", "pull"} & vars(cls).keys() and "writes_in_place" not in vars(cls):
-            cls.writes_in_place = InPlaceMixin.writes_in_place  # type: ignore[method-assign]
+        for method, parts in (("writes_in_place", _EQUATION), ("step_in_place", (*_EQUATION, "write_in_place"))):
+            owner = next(each for each in cls.__mro__ if method in vars(each))  # whose kernels they are
+            if any(getattr(cls, part, None) is not getattr(owner, part, None) for part in parts):
+                setattr(cls, method, getattr(InPlaceMixin, method))
 
     def writes_in_place(self, group: dict[str, Any]) -> bool:
-        """Return whether `write_in_place` can, where neither the output map nor `pull` wants to see what is written."""
+        """Return whether `write_in_place` has what these options ask for; it hands `pull` and output maps nothing."""
         return False
 
     def write_in_place(self, grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> Tensor:

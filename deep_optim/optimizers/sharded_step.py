@@ -68,8 +68,9 @@ def on_whole(
     jobs = [Job(matrix_cost(tensor), [tensor], [result]) for tensor, result in zip(sharded, results, strict=True)]
     spread(jobs, lambda _, given: [[answer] for answer in answers([tensor for (tensor,) in given])], loads)
     done = {id(tensor): local(result) for tensor, result in zip(sharded, results, strict=True)}
-    for tensor, answer in zip(rest, answers([whole(tensor) for tensor in rest]), strict=True):
-        done[id(tensor)] = local_of(answer, tensor)
+    for members in stacks(rest):  # of which no more are whole at a time
+        for tensor, answer in zip(members, answers([whole(tensor) for tensor in members]), strict=True):
+            done[id(tensor)] = local_of(answer, tensor)
     return [done[id(tensor)] for tensor in tensors]
 
 
