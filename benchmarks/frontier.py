@@ -134,7 +134,7 @@ def draw_forgetting(document: Mapping[str, Any], path: Path) -> Path:
     """Above, the frontiers; below, the final average at each learning rate. Left, state carried over; right, reset."""
     config, summary = document["config"], document["summary"]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(summary), figsize=(5.6 * len(summary), 8.4), squeeze=False, sharey="row")
+        figure, axes = plt.subplots(2, len(summary), figsize=(5.6 * len(summary) + 1.6, 8.4), squeeze=False, sharey="row")
         for (mode, arms), above, below in zip(summary.items(), axes[0], axes[1], strict=True):
             for name, row in arms.items():
                 _line(above, name, row, "right_after", "forgetting")
@@ -155,7 +155,7 @@ def draw_forgetting(document: Mapping[str, Any], path: Path) -> Path:
         axes[0][0].set_ylabel(f"forgetting ({config['metric'].split(' (')[0]})")
         axes[1][0].set_ylabel(f"{config['metric']}, mean at the end")
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(summary) + 1)
         figure.savefig(path)
         plt.close(figure)
     return path
