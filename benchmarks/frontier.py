@@ -134,7 +134,9 @@ def draw_forgetting(document: Mapping[str, Any], path: Path) -> Path:
     """Above, the frontiers; below, the final average at each learning rate. Left, state carried over; right, reset."""
     config, summary = document["config"], document["summary"]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(summary), figsize=(5.6 * len(summary) + 1.6, 8.4), squeeze=False, sharey="row")
+        figure, axes = plt.subplots(
+            2, len(summary), figsize=(5.6 * len(summary) + 1.6, 8.4), squeeze=False, sharey="row"
+        )
         for (mode, arms), above, below in zip(summary.items(), axes[0], axes[1], strict=True):
             for name, row in arms.items():
                 _line(above, name, row, "right_after", "forgetting")
