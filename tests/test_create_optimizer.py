@@ -71,7 +71,7 @@ def test_only_what_has_a_memory_is_watched() -> None:
     """The head, AdamW's, costs no Gram."""
     model = make_model()
     create_optimizer("DGD", model)
-    assert [module for module in model.modules() if module._forward_hooks] == [model[0], model[2]]
+    assert [layer for layer in model if layer._forward_hooks] == [model[0], model[2]]
 
 
 @pytest.mark.parametrize("name", ["dmgd", "DELTA-MOMENTUM", "delta_momentum", "m3"])
