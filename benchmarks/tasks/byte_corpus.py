@@ -20,7 +20,7 @@ class ByteCorpus:
 
     def __init__(self, corpus: str = "stdlib", data: str | None = None, device: torch.device | str = "cpu") -> None:
         parts = read_text(corpus, data)
-        self.name, self.digest = data or corpus, sha256(b"\0".join(parts)).hexdigest()
+        self.name = data or corpus
         self.train, self.held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8).to(device) for part in parts)
 
     @classmethod
@@ -39,7 +39,10 @@ class ByteCorpus:
         return windows(self.held_out, starts.to(self.held_out.device), context)
 
     def describe(self) -> dict[str, Any]:
-        return {"corpus": self.name, "corpus_sha256": self.digest, "train_bytes": len(self.train)}
+        digest = sha256(self.train.cpu().numpy())
+        digest.update(b"\0")
+        digest.update(self.held_out.cpu().numpy())
+        return {"corpus": self.name, "corpus_sha256": digest.hexdigest(), "train_bytes": len(self.train)}
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> Batch:
