@@ -262,8 +262,7 @@ class M3(MemoryOptimizer):
         moments = [state["exp_avg_sq"] for state in states]
         second, weight = _weights(size, size, stack(moments), step, group)
         unstack(moments, second)
-        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-        mixed_descent_triton(params, fast, slow, share, weight, **rates)
+        mixed_descent_triton(params, fast, slow, share, weight, lr=group["lr"], weight_decay=group["weight_decay"])
 
 
 def _weights(
