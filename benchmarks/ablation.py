@@ -36,7 +36,7 @@ class Ablation:
     Args:
         name: of the command, and of its file in results/.
         about: one line for --help.
-        reference: what every row is compared with.
+        reference: what every row is compared with, unless `--reference` says otherwise.
         tables: row names by table, without the reference; all are names that `optimizers.find` knows.
         settings: learning rate and momentum (or what the entry has in its place) by row.
         setting: of every other row.
@@ -75,12 +75,12 @@ class Ablation:
             run_trials("ablation", every, results, meter, args.workers)
         results.document.pop("equal_wall", None)
         results.document |= {
-            "benchmark": self.name, "machine": machine(), "versions": versions(), "reference": self.reference,
+            "benchmark": self.name, "machine": machine(), "versions": versions(), "reference": args.reference,
             "config": {"steps": args.steps, "seeds": args.seeds, **task.describe(), "alphabets": ALPHABETS},
             "wall_reference": args.wall, **{kind: {} for kind in lengths},
         }  # fmt: skip
         for (kind, table), runs in trials.items():
-            reference = args.wall if kind == "equal_wall" else self.reference
+            reference = args.wall if kind == "equal_wall" else args.reference
             results.document[kind][table] = _summarize(runs, reference, results)
 
     def _parse(self, arguments: list[str]) -> argparse.Namespace:
@@ -91,20 +91,22 @@ class Ablation:
         parser.add_argument("--steps", type=int, default=300)
         parser.add_argument("--wall", metavar="ROW", help="also train every row for as long as this one's steps take")
         parser.add_argument("--rounds", type=int, default=12, help="--wall: timing rounds")
+        parser.add_argument("--reference", metavar="ROW", default=self.reference, help="default: %(default)s")
         add_arguments(parser, output=output, seeds=(11, 12, 13))
         args = parser.parse_args(arguments)
         if unknown := [table for table in args.tables if table not in self.tables]:
             parser.error(f"no table named {unknown[0]!r}; there are: {', '.join(self.tables)}")
         every = {self.reference: None} | {name: None for names in self.tables.values() for name in names}
-        if args.wall and args.wall not in every:
-            parser.error(f"--wall: no row named {args.wall!r}; there are: {', '.join(every)}")
+        for option, row in (("--wall", args.wall), ("--reference", args.reference)):
+            if row and row not in every:
+                parser.error(f"{option}: no row named {row!r}; there are: {', '.join(every)}")
         return args
 
     def _rows(self, table: str, args: argparse.Namespace) -> list[str]:
         rows = self.tables[table]
         if args.rows:
             rows = tuple(name for name in rows if {name, _short(name)} & {*args.rows})
-        return list(dict.fromkeys([self.reference, *([args.wall] if args.wall else []), *rows]))
+        return list(dict.fromkeys([args.reference, *([args.wall] if args.wall else []), *rows]))
 
     def _setting(self, name: str) -> Setting:
         return self.settings.get(name, self.setting)

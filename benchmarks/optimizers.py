@@ -145,6 +145,10 @@ OPTIMIZERS = {
     "momentum": Entry(
         "Momentum (ours)", partial(_ours, name="Momentum"), _MATRIX, "momentum", (0.7, 0.8, 0.9)
     ),
+    "normuon": Entry(
+        "NorMuon's rows: M3 without a slow memory (ours)", partial(_ours, name="M3", alpha=0.0, second_moment="row"),
+        _MATRIX, "momentum", (0.7, 0.8, 0.9),
+    ),
     "preconditioned_momentum": Entry(
         "PreconditionedMomentum (ours)", partial(_ours, name="PreconditionedMomentum"),
         _MATRIX | {"regression": 0.32}, "momentum", (0.7, 0.8, 0.9),

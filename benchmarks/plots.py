@@ -25,6 +25,7 @@ COLORS = {
     "schedule_free_adamw": "#CC79A7",
     "soap": "#009E73",
     "momentum": "#56B4E9",
+    "normuon": "#88CCEE",
     "preconditioned_momentum": "#E69F00",
     "delta_momentum": "#D55E00",
     "delta_identity": "#DDCC77",

@@ -223,11 +223,13 @@ def _keys(name: str) -> type[deep_optim.DMGD]:
 
 Variant = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
+LINEAR = {"hidden_dim": 0}
+
 # Tables of the document: row name to class and options. The first row of all is the reference.
 TABLES: dict[str, dict[str, Variant]] = {
     "structure": {
         "reference": (deep_optim.DMGD, {}),
-        "no hidden layer": (deep_optim.DMGD, {"hidden_dim": 0}),
+        "no hidden layer": (deep_optim.DMGD, LINEAR),
         "linear hidden layer": (LinearHidden, {}),
         "two hidden layers": (TwoHiddenLayers, {}),
         "Jacobian read-out": (JacobianReadOut, {}),
@@ -254,6 +256,12 @@ TABLES: dict[str, dict[str, Variant]] = {
         "ns_steps=5": (deep_optim.DMGD, {"ns_steps": 5}),
         "polar_express": (deep_optim.DMGD, {"ns_coefficients": "polar_express"}),
         "adam": (deep_optim.DMGD, {"output": "adam", "lr": 3e-3}),
+    },
+    "defaults": {
+        "one inner step": (deep_optim.DMGD, LINEAR | {"inner_steps": 1}),
+        "no lookahead": (deep_optim.DMGD, LINEAR | {"lookahead": 1.0}),
+        "five steps of Newton-Schulz": (deep_optim.DMGD, LINEAR | {"ns_steps": 5}),
+        "all three": (deep_optim.DeltaMomentum, {}),
     },
 }  # fmt: skip
 

@@ -124,6 +124,18 @@ def test_ablation_at_equal_wall_time_fits_the_steps(tmp_path, monkeypatch):
         m3.ABLATION.main(["--tables", "memories", "--wall", "no_such", *rest])
 
 
+def test_rows_are_compared_with_the_reference_that_is_asked_for(tmp_path):
+    path = tmp_path / "dmgd.json"
+    rest = ["--rows", "all three", "--steps", "2", "--seeds", "1", "--workers", "1", "--output", str(path)]
+    assert dmgd.ABLATION.main(["--tables", "defaults", "--reference", "dmgd:no hidden layer", *rest]) == 0
+    document = json.loads(path.read_text())
+    rows = document["tables"]["defaults"]
+    assert document["reference"] == "dmgd:no hidden layer" and list(rows) == ["dmgd:no hidden layer", "dmgd:all three"]
+    assert rows["dmgd:all three"]["difference"] == rows["dmgd:all three"]["mean"] - rows["dmgd:no hidden layer"]["mean"]
+    with pytest.raises(SystemExit):
+        dmgd.ABLATION.main(["--reference", "no_such", *rest])
+
+
 ABLATION = ["--tables", "retention,drift", "--rows", "no hidden layer,momentum=0.98", "--seeds", "1", "--workers", "1"]
 
 
