@@ -6,7 +6,6 @@ again, for as many steps as fit into the time of ROW's, and compared with ROW.
 """
 
 import argparse
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from .convergence import fitted_steps, step_times
 from .measure import machine, versions
 from .optimizers import Setting, find
 from .plots import draw_ablation
+from .report import compare
 from .tasks import make_task
 from .training import Trial
 from .trials import Meter, Results, run_trials
@@ -121,18 +121,6 @@ def _summarize(rows: dict[str, list[Trial]], reference: str, results: Results) -
     """Per row: steps, mean loss, and the difference to the reference over the same seeds."""
     losses = {name: [results.trials[trial]["loss"] for trial in trials] for name, trials in rows.items()}
     return {name: {"steps": rows[name][0].steps} | compare(row, losses[reference]) for name, row in losses.items()}
-
-
-def compare(losses: list[float | None], reference: list[float | None]) -> dict[str, Any]:
-    """Mean, and the paired difference to `reference` with its standard error and z; None where a run diverged."""
-    pairs = [(a, b) for a, b in zip(losses, reference, strict=True) if a is not None and b is not None]
-    if len(pairs) < len(losses):
-        return {"losses": losses, "mean": None, "difference": None, "error": None, "z": None}
-    differences = [a - b for a, b in pairs]
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    z = mean / error if error else None
-    return {"losses": losses, "mean": statistics.mean(a for a, _ in pairs), "difference": mean, "error": error, "z": z}
 
 
 def _words(text: str) -> list[str]:

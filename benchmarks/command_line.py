@@ -60,13 +60,14 @@ def carry_out(
         sys.exit(f"no results in {args.plot_only}; run without --plot-only")
     results = Results(args.plot_only or args.output, resume=args.resume or args.plot_only is not None, kind=kind)
     if not args.plot_only:
+        earlier = results.document.get("command", "").splitlines()  # of a file that is resumed
+        results.document["command"] = "\n".join(dict.fromkeys([*earlier, command(name, arguments)]))
         try:
             run(args, results, console)
         except KeyboardInterrupt:
             done = len(results.trials)
             console.print(f"\ninterrupted: {done} finished runs are in {results.path}; --resume goes on from there")
             return 130
-        results.document["command"] = command(name, arguments)
         results.save()
     plot = results.path.with_suffix(".png")
     report(results, plot, console)

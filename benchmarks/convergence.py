@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    return carry_out("convergence", arguments, args, kind=Trial, run=run, report=report)
+    return carry_out("convergence", arguments, args, kind=Trial, run=run, report=report, width=180)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

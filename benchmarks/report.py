@@ -56,6 +56,31 @@ def summarize_runs(runs: Mapping[str, list[Trial]], results: Results) -> dict[st
     return summary
 
 
+def compare(losses: list[float | None], reference: list[float | None]) -> dict[str, Any]:
+    """Mean, and the difference to `reference`, seed by seed, with its standard error and z; None where a run diverged.
+
+    `z_unpaired` has the error that two independent samples would have: pairs that happen to move together make z large.
+    """
+    pairs = [(a, b) for a, b in zip(losses, reference, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(losses):
+        return {"losses": losses, "mean": None, "difference": None, "error": None, "z": None, "z_unpaired": None}
+    own, others = (list(column) for column in zip(*pairs, strict=True))
+    differences = [a - b for a, b in pairs]
+    mean = statistics.mean(differences)
+    error, unpaired = 0.0, 0.0
+    if len(pairs) > 1:
+        error = (statistics.variance(differences) / len(pairs)) ** 0.5
+        unpaired = ((statistics.variance(own) + statistics.variance(others)) / len(pairs)) ** 0.5
+    return {
+        "losses": losses,
+        "mean": statistics.mean(own),
+        "difference": mean,
+        "error": error,
+        "z": mean / error if error else None,
+        "z_unpaired": mean / unpaired if unpaired else None,
+    }
+
+
 def mean_curve(curves: list[list[Any]]) -> list[tuple[int, float]]:
     """The mean over seeds, as far as all seeds go."""
     return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=False)]
@@ -77,12 +102,13 @@ def print_report(document: dict[str, Any], console: Console) -> None:
     """The table, the meaning of its columns, and the warnings."""
     config, times, wall = document["config"], document["step_time"], document["equal_wall"]
     reference = document["wall_reference"]
+    versus = "muon" if "muon" in document["equal_steps"] else reference
     table = Table(title=f"{config['task']}: {config['metric']}", title_justify="left")
     table.add_column("optimizer", no_wrap=True)
     table.add_column("setting")
     for heading in (
         f"after {config['steps']} steps", "steps to reach\nAdamW | Muon", "ms a step\n(to AdamW)",
-        f"in the time of\n{config['steps']} {reference} steps",
+        f"in the time of\n{config['steps']} {reference} steps", f"minus {versus}\n(z, unpaired z)",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in document["equal_steps"].items():
@@ -94,6 +120,7 @@ def print_report(document: dict[str, Any], console: Console) -> None:
             " | ".join("-" if row[f"steps_to_{who}"] is None else f"{row[f'steps_to_{who}']:.0f}" for who in TARGETS),
             f"{times[name]['ms']:.1f} ({times[name]['ratio']:.2f}x)",
             f"{_loss(timed)} @{timed['steps']}" if timed else "-",
+            "" if name == versus else _difference(row, document["equal_steps"][versus]),
         )
     console.print(table)
     again = times["adamw (again)"]
@@ -104,6 +131,15 @@ def print_report(document: dict[str, Any], console: Console) -> None:
     )
     for warning in document["edges"]:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _difference(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """Of final losses at equal steps, over the seeds that both have."""
+    seeds = [seed for seed in row["losses"] if seed in other["losses"]]
+    numbers = compare(*([each["losses"][seed] for seed in seeds] for each in (row, other)))
+    if numbers["z"] is None:
+        return "-"
+    return f"{numbers['difference']:+.3g} ± {numbers['error']:.2g} ({numbers['z']:+.1f}, {numbers['z_unpaired']:+.1f})"
 
 
 def _loss(row: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
 from benchmarks import dmgd, m3
-from benchmarks.ablation import compare
 from benchmarks.optimizers import VARIANTS, Setting, find
 from benchmarks.tasks import make_task
 from benchmarks.training import train_step
@@ -84,14 +83,6 @@ def test_the_memory_of_errors_is_input_delta_momentum_but_for_its_hidden_feature
             train_step(task, model, [optimizer], batch)
         weights.append([param.detach() for param in model.parameters()])
     torch.testing.assert_close(*weights, rtol=0, atol=2e-3)
-
-
-def test_ablation_compares_seed_by_seed():
-    row = compare([1.1, 2.2, 3.0], [1.0, 2.0, 3.0])
-    assert row["difference"] == pytest.approx(0.1) and row["mean"] == pytest.approx(2.1)
-    assert row["error"] == pytest.approx(0.1 / 3**0.5) and row["z"] == pytest.approx(3**0.5)
-    assert compare([None, 2.0], [1.0, 2.0])["mean"] is None
-    assert compare([1.0, 2.0], [1.0, 2.0])["z"] is None
 
 
 @pytest.mark.parametrize("ablation", [dmgd.ABLATION, m3.ABLATION], ids=lambda ablation: ablation.name)
