@@ -127,7 +127,7 @@ def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 _ADAPTIVE = {
-    "text": 1.5e-3, "vision-vit": 1e-3, "vision-resnet": 4e-3, "regression": 0.32, "gpt": 2.5e-4, "mlp": 5e-4,
+    "text": 1.5e-3, "vision-vit": 2e-3, "vision-resnet": 4e-3, "regression": 0.32, "gpt": 2.5e-4, "mlp": 5e-4,
 }  # fmt: skip
 _MATRIX = {"text": 3e-3, "vision-vit": 4e-3, "vision-resnet": 8e-3, "regression": 8e-2, "gpt": 5e-3, "mlp": 1e-3}
 _GRADIENT = {"text": 5e-2, "vision-vit": 4e-2, "vision-resnet": 8e-2, "regression": 8.0, "gpt": 5e-2, "mlp": 2e-2}
