@@ -374,6 +374,20 @@ def test_refuses_what_it_cannot_use(options, message):
         DMGD([{"params": make_params(), **options}])
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)], ids=["wide", "tall"])
+def test_a_memory_keeps_its_hidden_dim(shape):
+    (param,) = params = make_params([shape])
+    optimizer = DMGD(params, hidden_dim=3)
+    optimizer.param_groups[0]["hidden_dim"] = 2  # nothing is kept yet
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["hidden_dim"] = 3
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="have hidden_dim=2, the group says 3; a memory keeps its size"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
 def test_copies_do_not_share_a_memory():
     params = make_params()
     optimizer = DMGD(params)

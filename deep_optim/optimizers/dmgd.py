@@ -93,8 +93,8 @@ class DMGD(MemoryOptimizer):
     Raises:
         ValueError: for a value out of range, in the constructor or in any group.
         RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients,
-            and at a step, before anything is stepped, for parameters that `backend="triton"` cannot take and, under
-            `nonfinite="raise"`, for a gradient that is not finite.
+            and at a step, before anything is stepped, for parameters that `backend="triton"` cannot take for another
+            `hidden_dim` than the memories have and, under `nonfinite="raise"`, for a gradient that is not finite.
 
     Example:
         >>> optimizer = DMGD(model.parameters(), lr=1e-3)  # doctest: +SKIP
@@ -209,14 +209,14 @@ class DMGD(MemoryOptimizer):
         """Return how well each memory answers for the gradient at hand, before and after the step it would make.
 
         Call it between `backward()` and `step()`, on every rank if parameters are sharded. It makes the step beside the
-        state, one matrix at a time, at the cost of about two steps, and changes nothing. Parameters without a gradient
-        or a memory are left out. A parameter goes by its name, or by its position among all if the optimizer was given
-        no names.
+        state, one matrix at a time, at the cost of two to three steps, and changes nothing. Parameters without a
+        gradient or a memory are left out. A parameter goes by its name, or by its position among all if the optimizer
+        was given no names.
         """
         reports = {}
         position = 0
         for group in self.param_groups:
-            MemoryOptimizer.check_gradients(self, group)
+            super().check_gradients(group)
             for index, param in enumerate(group["params"]):
                 name = group["param_names"][index] if "param_names" in group else str(position)
                 position += 1
@@ -241,6 +241,7 @@ class DMGD(MemoryOptimizer):
     def check_gradients(self, group: dict[str, Any]) -> None:
         super().check_gradients(group)
         check_kernels(group)
+        self._check_hidden_dim(group)
         if torch.compiler.is_compiling():
             return
         if group["nonfinite"] == "raise" and (refused := _not_finite(group["params"])):
@@ -249,6 +250,17 @@ class DMGD(MemoryOptimizer):
                 f"the gradients of parameters of these sizes are not finite, or too large to be summed: {sizes}; "
                 "nothing has been stepped (nonfinite='skip' steps the other parameters)"
             )
+
+    def _check_hidden_dim(self, group: dict[str, Any]) -> None:
+        """Refuse another size than the memories have; one of them speaks for all."""
+        kept = (param for param in group["params"] if _NAMES[1] in self.state.get(param, ()))
+        if (param := next(kept, None)) is not None:
+            _, m, n = matrix_shape(param, group)
+            if (h := self.state[param][_NAMES[1]].shape[-2 if m < n else -1]) != group["hidden_dim"]:
+                raise RuntimeError(
+                    f"the memories of this group have hidden_dim={h}, the group says {group['hidden_dim']}; a memory "
+                    "keeps its size, so make a new optimizer for another one"
+                )
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if group["nonfinite"] == "skip" and not torch.compiler.is_compiling():
