@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, on_device_of, tl, triton
-from .mlp_memory import _SATURATED, MLPMemory
+from .mlp_memory import SATURATED, MLPMemory
 
 # The largest tiles for which the compiler spills no register on sm_80, sm_90 and sm_100 and that fit into the 99 KB of
 # shared memory of the smallest GPUs with bfloat16; chosen by compiling, not by timing.
@@ -195,7 +195,7 @@ def write_operands(
         with on_device_of(written):
             _write_operands_kernel[(programs,)](
                 linear, w1, w2, written, norm, operands, w1_out, r, p, h, decay, *scales,
-                SATURATED=_SATURATED, WIDE=wide, HIDDEN=h > 0, BLOCK_H=block_h, **_OPERANDS,
+                SATURATED=SATURATED, WIDE=wide, HIDDEN=h > 0, BLOCK_H=block_h, **_OPERANDS,
             )  # fmt: skip
     return operands.mT if wide else operands, w1_out
 

@@ -29,7 +29,7 @@ class MLPMemory(NamedTuple):
     w2: Tensor  # W₂ [..., h, d]
 
 
-_SATURATED = 1e9  # s is 1 to the last digit long before, and z² still fits a float32
+SATURATED = 1e9  # s is 1 to the last digit long before, and z² still fits a float32
 
 Rate = float | Tensor  # a tensor broadcasts over the stack, [..., 1, 1]
 
@@ -41,7 +41,7 @@ def hidden_features(w2: Tensor, key: Tensor) -> Tensor:  # [..., h, d], [..., n,
 
 def sigmoid(z: Tensor) -> Tensor:
     """Return s(z) = z / √(1 + z²) of every entry."""
-    z = z.clamp(-_SATURATED, _SATURATED)
+    z = z.clamp(-SATURATED, SATURATED)
     return z * torch.rsqrt(1 + z * z)
 
 
