@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from deep_optim.ops import newton_schulz as module
 from deep_optim.ops.newton_schulz import newton_schulz, working_dtype
 
 SHAPES = [(8, 8), (3, 17), (17, 3), (1, 9), (9, 1), (1, 1), (2, 3, 20, 7), (4, 6, 30)]
@@ -195,6 +196,16 @@ def test_working_precision_can_be_chosen():
     exact, single, half = (newton_schulz(matrix, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16))
     assert (single - exact).abs().max() < 1e-5 < (half - exact).abs().max()
     assert working_dtype(matrix) == torch.float64
+
+
+@pytest.mark.parametrize("avx, amx", [(True, False), (False, True), (False, False), (None, True), (None, None)])
+def test_a_cpu_is_asked_for_bfloat16_where_torch_can_say(avx, amx, monkeypatch):
+    """By names that are torch's own and may go: None is a torch without one."""
+    for name, answer in (("_is_avx512_bf16_supported", avx), ("_is_amx_tile_supported", amx)):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+        if answer is not None:
+            monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+    assert module._cpu_has_bfloat16() is bool(avx or amx)
 
 
 def test_the_matrix_is_not_written():

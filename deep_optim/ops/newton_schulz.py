@@ -52,8 +52,17 @@ _EASY = (2.0**-8, 2.0**10)  # scales that float16 bears: the optimizers' is 0.2 
 _GATHERED: dict[str, int] = {"muon": 2, "polar_express": 1}  # steps in Gram form
 _LONG = 2  # ratio of the sides from which gathering pays; by counting products, 1.5
 
-# AVX512-BF16 and AMX multiply bfloat16 natively, at about twice the rate of float32; elsewhere it is emulated.
-_CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 natively, at about twice the rate of float32: AVX512-BF16 and AMX do.
+
+    torch promises neither question to stay; a torch without one is taken to say no.
+    """
+    questions = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in questions if ask is not None)
+
+
+_CPU_HAS_BFLOAT16 = _cpu_has_bfloat16()
 
 
 def newton_schulz(
