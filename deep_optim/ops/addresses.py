@@ -58,13 +58,24 @@ def addressable(written: Sequence[Tensor], read: Sequence[Tensor], backend: Back
 
 
 def apart(tensors: Sequence[Tensor]) -> bool:
-    """Return whether no two of these contiguous tensors of one size share memory; neighbours in one buffer do not."""
-    return not tensors or _apart(tuple([tensor.data_ptr() for tensor in tensors]), tensors[0].nbytes)
+    """Return whether no two of these tensors share memory: from its first entry to its last, each has its own stretch.
+
+    Neighbours in one buffer do not share; strided views that lie between one another are taken to.
+    """
+    return _apart(tuple([(tensor.data_ptr(), _extent(tensor)) for tensor in tensors]))
 
 
 @lru_cache(maxsize=256)
-def _apart(starts: tuple[int, ...], size: int) -> bool:
-    return all(second - first >= size for first, second in pairwise(sorted(starts)))
+def _apart(stretches: tuple[tuple[int, int], ...]) -> bool:
+    return all(start + extent <= following for (start, extent), (following, _) in pairwise(sorted(stretches)))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return the bytes from the first entry of a tensor to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
 def addresses(tensors: Sequence[Tensor], split: int = 1) -> tuple[Tensor, bool]:

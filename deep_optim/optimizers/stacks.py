@@ -29,7 +29,7 @@ def stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _overlapping(params: list[Tensor]) -> bool:
-    """Return whether some of these are views of the same memory, of which only plain tensors can be asked."""
+    """Return whether some of these may share memory, of which only plain tensors can be asked."""
     plain = type(params[0]) in (Tensor, Parameter) and not torch.compiler.is_compiling()
     return plain and not apart(params)
 
