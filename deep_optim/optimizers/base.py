@@ -20,6 +20,7 @@ from deep_optim.ops.newton_schulz import Coefficients
 
 from .adamw import adamw_step, init_adamw_state
 from .checkpoint import ExactStateMixin
+from .counters import count_step
 from .descent import descend_along, descend_stack
 from .in_place import InPlaceMixin
 from .matrices import has_memory, matrix_shape
@@ -262,12 +263,6 @@ class MemoryOptimizer(InPlaceMixin, ExactStateMixin, torch.optim.Optimizer):
         count_step(states)
         directions = (entry_by_entry if self.entrywise(group) else matrix_by_matrix)(self, group, params)
         descend_along(params, states, directions, group)
-
-
-def count_step(states: list[dict[str, Tensor]]) -> None:
-    for state in states:
-        if "step" in state:
-            state["step"] += 1
 
 
 def capturing(param: Tensor) -> bool:

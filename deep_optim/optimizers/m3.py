@@ -30,9 +30,10 @@ from deep_optim.ops.mixed_descent import mixed_descent_triton, mixed_squares_tri
 from deep_optim.ops.newton_schulz import Coefficients
 
 from .base import MemoryOptimizer
+from .counters import beside, weight_seen
 from .matrices import has_memory, matrix_shape
 from .momentum import write_momentum
-from .output_map import orthogonalise, weight_seen
+from .output_map import orthogonalise
 from .sharded_step import on_whole
 from .sharding import local
 from .stacks import as_matrices, stack, unstack
@@ -209,7 +210,7 @@ class M3(MemoryOptimizer):
             answers = on_whole(memories, lambda stacked: orthogonalise(stacked, group), group, self._loads)
         for state, answer in zip(states, answers, strict=True):
             memory = local(state["slow.memory"])
-            first = (state["step"] % chunk_size == 0).to(memory.device)
+            first = beside(state["step"] % chunk_size == 0, memory)
             for old, new in ((local(state["slow.answer"]), local(answer)), (memory, group["slow_beta"] * memory)):
                 old.copy_(torch.where(first, new, old))
 
@@ -227,22 +228,16 @@ class M3(MemoryOptimizer):
         mix = group["mix"] if "slow.answer" in state else None
         if mix == "pre":
             average = (1 - group["momentum"]) * direction  # of gradients, as the slow memory is
-            direction = average.lerp_(state["slow.answer"], self._slow_share(state["step"].to(average), group))
+            direction = average.lerp_(state["slow.answer"], _slow_share(state["step"], average, group))
         output = orthogonalise(direction, group)
         if mix == "post":
-            output = output.lerp_(state["slow.answer"], self._slow_share(state["step"].to(output), group))
+            output = output.lerp_(state["slow.answer"], _slow_share(state["step"], output, group))
         return output if group["second_moment"] == "none" else self._even_out(output, written, state, group)
-
-    def _slow_share(self, step: Tensor, group: dict[str, Any]) -> Tensor:  # [B, 1, 1] -> [B, 1, 1]
-        """Return a / (1 + a), the slow memory's share of the mix; none in the first chunk."""
-        a = group["alpha"] * ((step - group["chunk_size"]) / max(group["alpha_warmup"], 1)).clamp(0, 1)
-        return a / (1 + a)
 
     def _even_out(self, output: Tensor, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         size = output.square().mean(-1, keepdim=True).sqrt() if group["second_moment"] == "row" else output
         seen = written if group["second_moment"] == "gradient" else size  # [B, m, 1] or [B, m, n]
-        step = state["step"].to(output)
-        state["exp_avg_sq"], weight = _weights(size, seen, state["exp_avg_sq"], step, group)
+        state["exp_avg_sq"], weight = _weights(size, seen, state["exp_avg_sq"], state["step"], group)
         return output.mul_(weight)
 
     def step_in_place(
@@ -256,13 +251,19 @@ class M3(MemoryOptimizer):
         direction = self.write_in_place(grads, states, group)
         fast = orthogonalise(direction, group, cast=False)  # [B, m, n]
         steps = [as_matrices(state["step"], grads[0], matrix_shape(grads[0], group)) for state in states]
-        step = stack(steps).to(direction)
-        share = self._slow_share(step, group)
+        step = stack(steps)
+        share = _slow_share(step, direction, group)
         size = (mixed_squares_triton(fast, slow, share) / fast.shape[-1]).sqrt()  # [B, m, 1]
         moments = [state["exp_avg_sq"] for state in states]
         second, weight = _weights(size, size, stack(moments), step, group)
         unstack(moments, second)
         mixed_descent_triton(params, fast, slow, share, weight, lr=group["lr"], weight_decay=group["weight_decay"])
+
+
+def _slow_share(step: Tensor, like: Tensor, group: dict[str, Any]) -> Tensor:  # [B, 1, 1] -> [B, 1, 1]
+    """Return a / (1 + a), the slow memory's share of the mix, in the precision of a tensor; none in the first chunk."""
+    a = group["alpha"] * ((step.to(like.dtype) - group["chunk_size"]) / max(group["alpha_warmup"], 1)).clamp(0, 1)
+    return beside(a / (1 + a), like)
 
 
 def _weights(
@@ -275,6 +276,6 @@ def _weights(
     """
     beta2 = group["beta2"]
     second = (beta2 * second).addcmul_(seen, seen, value=1 - beta2)
-    root = (second / weight_seen(beta2, step)).sqrt()
+    root = (second / beside(weight_seen(beta2, step.to(size.dtype)), size)).sqrt()
     weight = 1 / (root + group["eps"]).clamp(min=torch.finfo(size.dtype).tiny)
     return second, weight * (frobenius_norm(size) / frobenius_norm(weight * size))

@@ -9,7 +9,6 @@ turns the memory's plain sum into the bias-corrected average that Adam divides, 
 map is AdamW. The factor of "newton_schulz" is Moonlight's (arXiv:2502.16982): AdamW's lr and weight decay carry over.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from deep_optim.ops.newton_schulz import newton_schulz
+
+from .counters import beside, weight_seen
 
 OutputMap = Literal["identity", "adam", "newton_schulz"]
 
@@ -42,11 +43,12 @@ def apply_output(
     if group["output"] == "adam":
         momentum, (_, beta2) = group["momentum"], group["adamw_betas"]
         state["exp_avg_sq"] = (beta2 * state["exp_avg_sq"]).addcmul_(written, written, value=1 - beta2)
-        step = state["step"].to(direction)  # [B, 1, 1]
+        step = state["step"].to(direction.dtype)  # [B, 1, 1]
         extra = group.get("lookahead", 1) - 1 if group["nesterov"] else 0  # beyond the one that Nesterov adds
         seen = weight_seen(momentum, step + group["nesterov"]) + (1 - momentum) * extra
-        average = (1 - momentum) / seen * direction
-        return average / ((state["exp_avg_sq"] / weight_seen(beta2, step)).sqrt() + group["adamw_eps"])
+        average = beside((1 - momentum) / seen, direction) * direction
+        second = state["exp_avg_sq"] / beside(weight_seen(beta2, step), direction)
+        return average / (second.sqrt() + group["adamw_eps"])
     return direction
 
 
@@ -55,11 +57,3 @@ def orthogonalise(matrix: Tensor, group: Mapping[str, Any], *, cast: bool = True
     scale = _ADAMW_RMS * max(matrix.shape[-2:]) ** 0.5
     options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "scale": scale, "cast": cast}
     return newton_schulz(matrix, **options)
-
-
-def weight_seen(beta: float, step: Tensor) -> Tensor:
-    """Return 1 − β^t, the weight of what t steps have added to an average that started at zero.
-
-    By expm1, since the difference loses all but a few digits in float32 when β is near 1.
-    """
-    return -torch.expm1(step * math.log(beta)) if beta > 0 else torch.ones_like(step)

@@ -25,8 +25,9 @@ from deep_optim.ops.inverse_sqrt import inverse_sqrt
 from deep_optim.ops.newton_schulz import Coefficients, newton_schulz
 
 from .base import MemoryOptimizer
+from .counters import beside, weight_seen
 from .matrices import matrix_shape
-from .output_map import OutputMap, weight_seen
+from .output_map import OutputMap
 from .validation import check_at_least, check_choice
 
 Preconditioner = Literal["identity", "diagonal", "shampoo", "newton_schulz"]
@@ -151,14 +152,16 @@ class PreconditionedMomentum(MemoryOptimizer):
         if kind == "diagonal":
             second = (beta * state["preconditioner.exp_avg_sq"]).addcmul_(grad, grad, value=1 - beta)
             state["preconditioner.exp_avg_sq"] = second
-            return grad / ((second / weight_seen(beta, state["step"].to(grad))).sqrt() + group["adamw_eps"])
+            seen = beside(weight_seen(beta, state["step"].to(grad.dtype)), grad)  # [B, 1, 1]
+            return grad / ((second / seen).sqrt() + group["adamw_eps"])
         if kind == "shampoo":
             gram = state["preconditioner.gram"].lerp(grad @ grad.mT, 1 - beta)  # [B, m, m]
             state["preconditioner.gram"] = gram
             due = (state["step"] - 1) % group["precondition_interval"] == 0  # [B, 1, 1]
             if torch.compiler.is_compiling() or group["capturable"] or due.any():  # else the host may decide
-                root = inverse_sqrt(gram / weight_seen(beta, state["step"].to(grad)), eps=_RIDGE)
-                state["preconditioner.root"] = torch.where(due.to(grad.device), root, state["preconditioner.root"])
+                seen = beside(weight_seen(beta, state["step"].to(grad.dtype)), grad)
+                root = inverse_sqrt(gram / seen, eps=_RIDGE)
+                state["preconditioner.root"] = torch.where(beside(due, grad), root, state["preconditioner.root"])
             return state["preconditioner.root"] @ grad
         if kind == "newton_schulz":
             return newton_schulz(grad, steps=group["ns_steps"], coefficients=group["ns_coefficients"])
