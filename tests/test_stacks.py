@@ -1,14 +1,18 @@
 """Which parameters are stepped together: those of one shape, unless they may share memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deep_optim import Momentum
+from deep_optim import DMGD, M3, Momentum
 from deep_optim.ops.addresses import apart
 from deep_optim.optimizers.stacks import stacks
-from problem import gradient
+from problem import gradient, make_params, set_grads, train
 
 BUFFER = torch.zeros(200)
 
@@ -77,3 +81,36 @@ def test_tensors_that_share_none_are_stepped_together(name: str) -> None:
     assert apart(views)
     with_others = [*views, *(torch.zeros(4, 5) for _ in range(2))]
     assert [len(stacked) for stacked in stacks(with_others)] == [4]
+
+
+class Copies(TorchDispatchMode):
+    """The operations that copy, of one tensor or of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [name for name in ("copy_", "_foreach_copy_") if func.overloadpacket.__name__ == name]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "cls, options, names",
+    [
+        (Momentum, {"output": "adam"}, ["memory", "exp_avg_sq"]),
+        (DMGD, {"hidden_lr": 0.1, "hidden_dim": 2}, ["memory.linear", "memory.w1", "memory.w2"]),
+        (M3, {"chunk_size": 2}, ["slow.answer", "memory", "exp_avg_sq"]),
+    ],
+)
+def test_a_stack_is_taken_apart_by_one_operation_for_each_name(
+    cls: type[Optimizer], options: dict[str, Any], names: list[str]
+) -> None:
+    """And M3's chunks begin so; an operation for each of 48 matrices would be most of a step that a GPU waits for."""
+    params = make_params([(6, 4)] * 8)
+    optimizer = cls(params, **options)
+    train(optimizer, params, range(2))
+    set_grads(params, 2)  # the first of a chunk
+    with Copies() as copies:
+        optimizer.step()
+    assert copies.seen == ["_foreach_copy_"] * len(names)

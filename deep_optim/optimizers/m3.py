@@ -208,11 +208,17 @@ class M3(MemoryOptimizer):
         answers = memories = [state["slow.memory"] for state in states]
         if group["mix"] == "post":
             answers = on_whole(memories, lambda stacked: orthogonalise(stacked, group), group, self._loads)
-        for state, answer in zip(states, answers, strict=True):
-            memory = local(state["slow.memory"])
+        answers, kept, memories = (
+            list(map(local, each)) for each in (answers, [state["slow.answer"] for state in states], memories)
+        )
+        if not on_device and states:  # all of these begin
+            torch._foreach_copy_(kept, answers)
+            torch._foreach_mul_(memories, group["slow_beta"])
+            return
+        for state, answer, old, memory in zip(states, answers, kept, memories, strict=True):
             first = beside(state["step"] % chunk_size == 0, memory)
-            for old, new in ((local(state["slow.answer"]), local(answer)), (memory, group["slow_beta"] * memory)):
-                old.copy_(torch.where(first, new, old))
+            old.copy_(torch.where(first, answer, old))
+            memory.copy_(torch.where(first, group["slow_beta"] * memory, memory))
 
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)

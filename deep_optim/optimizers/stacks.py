@@ -52,5 +52,5 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 def unstack(tensors: list[Tensor], stacked: Tensor) -> None:
     """Write the blocks of a stack to the tensors they came from."""
-    for tensor, block in zip(tensors, stacked.chunk(len(tensors)), strict=True):
-        local(tensor).copy_(local_of(block.reshape(tensor.shape), tensor))
+    blocks = zip(tensors, stacked.chunk(len(tensors)), strict=True)
+    torch._foreach_copy_([local(t) for t in tensors], [local_of(block.reshape(t.shape), t) for t, block in blocks])
