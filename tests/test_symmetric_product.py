@@ -1,5 +1,8 @@
 """The product of a matrix with its transpose against float64, and what the compiler makes of its kernel."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from deep_optim.ops.symmetric_product import symmetric_product
 from large_results import LargeResults
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+TIMES = Path(__file__).parents[1] / "benchmarks" / "results" / "kernels-cuda-symmetric.json"
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 # ragged; one row, one column; several tiles each way; whole tiles; nothing in some dimension
@@ -188,7 +192,8 @@ def test_auto_takes_the_reference_on_the_cpu(monkeypatch):
     "shape, dtype, taken",
     [
         ((24, 2048, 4096), torch.bfloat16, True),
-        ((4, 4096, 4096), torch.float32, True),
+        ((4, 4096, 4096), torch.float16, True),
+        ((4, 4096, 4096), torch.float32, False),  # was not timed
         ((48, 2047, 4096), torch.bfloat16, False),
         ((1, 2048, 4096), torch.bfloat16, False),
         ((4, 4096, 4096), torch.float64, False),
@@ -201,6 +206,35 @@ def test_auto_takes_triton_for_large_matrices_on_cuda(shape, dtype, taken, monke
     monkeypatch.setattr(module, "_symmetric_product_triton", lambda *_: True)
     monkeypatch.setattr(module, "symmetric_product_reference", lambda *_: False)
     assert symmetric_product(torch.empty(shape, dtype=dtype, device="meta")) is taken
+
+
+@pytest.mark.parametrize("kernel, adding", [("gram", False), ("square", True)])
+def test_the_rule_says_triton_where_the_committed_times_do(kernel, adding, monkeypatch):
+    """And nowhere else, by medians; where it does by three rounds in four. "square" is of the smaller sides alone."""
+    monkeypatch.setattr(module, "use_triton", lambda *_, **__: True)
+    monkeypatch.setattr(module, "_symmetric_product_triton", lambda *_: True)
+    monkeypatch.setattr(module, "symmetric_product_reference", lambda *_: False)
+    results = json.loads(TIMES.read_text())["kernels"][kernel]
+    assert len(results) == 7
+    for shape, result in results.items():
+        stack, m, n = map(int, shape.split(" x "))
+        m, n = (min(m, n), min(m, n)) if adding else (m, n)
+        x = torch.empty(stack, m, n, dtype=torch.float16, device="meta")
+        add = torch.empty(stack, m, m, dtype=torch.float16, device="meta") if adding else None
+        taken = symmetric_product(x, add=add)
+        assert taken == (result["ratio"] < 1), (kernel, shape)
+        assert not taken or result["ratio_q3"] < 1, (kernel, shape)
+
+
+@pytest.mark.parametrize(
+    "shape, taken",
+    [((12, 768), True), ((11, 768), False), ((4, 2048), True), ((3, 4096), False), ((99, 512), False)],
+    ids=str,
+)
+def test_no_further_than_was_timed_with_a_matrix_to_add(shape, taken):
+    """Stacks of fewer than 4, matrices of fewer than 768 rows, and less work than twelve of these are."""
+    stack, m = shape
+    assert module._pays(torch.empty(stack, m, m, dtype=torch.float16, device="meta"), adding=True) is taken
 
 
 @needs_triton

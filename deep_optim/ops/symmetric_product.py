@@ -9,6 +9,8 @@ Xᵀ X is the product of X.mT: strides are read as they are, so that nothing is 
 Accumulated in float32; float32 operands are multiplied by tf32x3, which is as exact as float32.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,22 @@ from .one_stack import one_stack
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Rows, and FLOPs of a whole product, from which the kernel won over cuBLAS on an H100: `python -m benchmarks kernels`.
-# Below, cuBLAS has the better tiles, and the ones on the diagonal, half of them wasted, weigh too much.
-_WORTH_ROWS, _WORTH_FLOPS = 2048, 4e11
+
+class Worth(NamedTuple):
+    """From where on the kernel is taken: matrices in the stack, their rows, FLOPs of the whole product."""
+
+    stack: int
+    rows: int
+    flops: float
+
+
+# Where the kernel won over cuBLAS on an H100, in half precision, on every shape that was timed: `python -m benchmarks
+# kernels --device cuda --kernels gram,square`. Without a matrix to add cuBLAS has the better tiles, and the ones on the
+# diagonal, half of them wasted, weigh too much unless there are many. With one cuBLAS copies it first: there the kernel
+# won on all stacks, and lost on a single matrix of 2048 rows.
+_PLAIN = Worth(stack=1, rows=2048, flops=4e11)
+_ADDING = Worth(stack=4, rows=768, flops=1e10)
+_TIMED = (torch.bfloat16, torch.float16)
 
 # The largest tiles for which the compiler spills no register on sm_80, sm_90 and sm_100 and that fit into the 99 KB of
 # shared memory of the smallest GPUs with bfloat16; chosen by compiling, not by timing.
@@ -49,16 +64,24 @@ def symmetric_product(
         alpha: factor of the product.
         beta: factor of `add`; without one it has no meaning.
         diagonal: δ; added before the result is rounded from Triton, and after it from torch.
-        backend: "auto", "reference" or "triton". "auto" takes Triton on CUDA for large products, from where on it was
-            measured to be faster.
+        backend: "auto", "reference" or "triton". "auto" takes Triton on CUDA for large products in half precision,
+            from where on it was measured to be faster.
     """
     tensors = (x,) if add is None else (x, add)
     # On a CPU Newton-Schulz asks ten times a step.
     triton = not (backend == "auto" and x.is_cpu) and use_triton(backend, *tensors, dtypes=_DTYPES)
     if backend == "auto" and triton:
-        triton = x.shape[-2] >= _WORTH_ROWS and 2 * x.numel() * x.shape[-2] >= _WORTH_FLOPS
+        triton = _pays(x, adding=add is not None)
     step = _symmetric_product_triton if triton else symmetric_product_reference
     return step(x, add, alpha, beta, diagonal)
+
+
+def _pays(x: Tensor, *, adding: bool) -> bool:
+    """Return whether the kernel is known to be the faster one."""
+    m, n = x.shape[-2:]
+    worth = _ADDING if adding else _PLAIN
+    large = x.numel() >= worth.stack * m * n and m >= worth.rows and 2 * x.numel() * m >= worth.flops
+    return large and x.dtype in _TIMED
 
 
 def symmetric_product_reference(x: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
