@@ -1,5 +1,6 @@
 """`step_time` and `kernels`: what they measure besides the clock is exact, and a wrong result has no speed."""
 
+import argparse
 import json
 
 import pytest
@@ -89,10 +90,28 @@ def test_kernels_writes_errors_times_and_rates(tmp_path):
 
 
 def test_a_wrong_result_has_no_speed(tmp_path, monkeypatch, capsys):
-    wrong = Kernel(lambda memory, written: 1.1 * written, lambda memory, written: written, 8)
+    wrong = Kernel(lambda memory, written: 1.1 * written, lambda memory, written: written, 8, None)
     monkeypatch.setitem(KERNELS, "wrong", wrong)
     file = tmp_path / "kernels.json"
     assert command.main(["kernels", "--kernels", "wrong", "--shapes", "48 x 64 x 64", "--output", str(file)]) == 1
     result = json.loads(file.read_text())["kernels"]["wrong"]["48 x 64 x 64"]
     assert not result["correct"] and "ratio" not in result and "ms" not in result
     assert "wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision, correct", [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)])
+def test_an_error_is_wrong_by_the_precision_that_an_operation_works_in(precision, correct):
+    """A thousandth of a percent is a hundred roundings of float32, and none of half precision."""
+    kernel = Kernel(lambda memory, written: (1 + 1e-5) * written, lambda memory, written: written, 8, precision)
+    result = kernels.measure(kernel, (2, 6, 4), argparse.Namespace(device="cpu", rounds=2))
+    assert result["correct"] is correct and result["error"] == pytest.approx(1e-5, rel=0.05)
+    assert ("ratio" in result) is correct and result["precision"] == str(precision).partition(".")[2]
+
+
+@pytest.mark.parametrize("name", ["frobenius_norm", "feature_map(soft_rows)"])
+def test_what_works_in_float32_is_held_to_float32(name):
+    """On a matrix whose norm loses digits where its squares are summed one after the other."""
+    memory, written = torch.randn(2, 1, 768, 768, generator=torch.Generator().manual_seed(0))
+    exact = KERNELS[name].plain(memory.double(), written.double())
+    assert KERNELS[name].precision == torch.float32
+    assert (KERNELS[name].ours(memory, written) - exact).norm() <= 3 * torch.finfo(torch.float32).eps * exact.norm()
