@@ -5,6 +5,7 @@ import platform
 import random
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from deep_optim.ops.newton_schulz import working_dtype
 
 
 def paired_rounds(
@@ -106,6 +109,8 @@ def machine() -> dict[str, Any]:
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return gpu | {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "multiplies_bfloat16": working_dtype(torch.empty(1))
+        == torch.bfloat16,  # natively, else matrices are in float32
         "cores": os.cpu_count(),
         "threads_per_process": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
@@ -114,8 +119,10 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages a result depends on."""
+    """Python, the packages a result depends on, and the commit of this repository, with a + if files have changed."""
     found = {"python": platform.python_version()}
+    if revision := _git("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"):
+        found["revision"] = revision
     for package in ("torch", "triton", "deep-optim", "numpy", "schedulefree", "pytorch-optimizer"):
         try:
             found[package] = version(package)
@@ -127,6 +134,15 @@ def versions() -> dict[str, str]:
 def command(name: str, arguments: list[str]) -> str:
     """The command line that repeats this run."""
     return shlex.join(["python", "-m", "benchmarks", name, *arguments])
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this repository; nothing where there is no git, or no repository."""
+    run = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _lines(path: str) -> list[str]:

@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 from .optimizers import OPTIMIZERS
 from .plots import COLORS, STYLE
 
+OTHERS = {"adamw (again)": "AdamW again", "muon (other)": "Muon (pytorch_optimizer)"}  # in the colour of what they copy
+
 
 def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
     """Ratio of step times to AdamW's, with quartiles; milliseconds and state beside the bars."""
@@ -25,7 +27,7 @@ def draw_step_time(document: Mapping[str, Any], path: Path) -> Path:
                 kept, made = numbers["state_bytes_per_parameter"], numbers["transient_bytes_per_parameter"]
                 note = f"  {_digits(numbers['ms'])} ms, {kept:.3g} + {made:.2g} B"
                 axis.text(numbers["ratio_q3"], row, note, va="center", fontsize=8)
-            titles = [OPTIMIZERS[arm].title if arm in OPTIMIZERS else "AdamW again" for arm in arms]
+            titles = [OPTIMIZERS[arm].title if arm in OPTIMIZERS else OTHERS[arm] for arm in arms]
             axis.set_yticks(range(len(arms)), titles)
             axis.set(xscale="log", title=f"{shape}, {result['parameters'] / 1e6:.2f}M parameters")
             axis.set_xlim(

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+import deep_optim
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
 from benchmarks import kernels
 from benchmarks.kernels import KERNELS, Kernel
-from benchmarks.measure import TransientMemory
+from benchmarks.measure import TransientMemory, versions
 from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.step_time import SHAPES, bytes_and_flops, timed
+from benchmarks.step_time import bytes_and_flops, timed
+from benchmarks.timed_shapes import SHAPES
 
 
 def test_transient_memory_is_the_peak_of_what_lives_at_once():
@@ -35,17 +38,39 @@ def test_transient_memory_is_the_peak_of_what_lives_at_once():
 def test_step_time_writes_times_bytes_and_rates(tmp_path):
     file = tmp_path / "times.json"
     assert {"adamw", "muon", "momentum", "m3"} <= set(timed()) and "dgd" not in timed()  # which needs layers that run
-    some = ["--optimizers", "muon,momentum"]
+    some = ["--optimizers", "muon,momentum,muon (other)"]
     arguments = ["step_time", "--shapes", "small", "--rounds", "2", *some, "--output", str(file)]
     assert command.main(arguments) == 0
     document = json.loads(file.read_text())
     arms = document["shapes"]["small"]["arms"]
-    assert list(arms) == ["adamw", "muon", "momentum", "adamw (again)"]
+    assert list(arms) == ["adamw", "muon", "momentum", "muon (other)", "adamw (again)"]
     assert arms["adamw"]["ratio"] == 1.0 and arms["adamw"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
     assert arms["adamw"]["flops_per_parameter"] == 0
+    assert arms["adamw"]["traffic_bytes_per_parameter"] == pytest.approx(28, abs=0.02)  # g, and w, m and v twice
+    assert arms["momentum"]["traffic_bytes_per_parameter"] == pytest.approx(20, abs=0.2)  # the biases are AdamW's
+    assert 0 < document["shapes"]["small"]["from_muon"] < 0.1
+    assert {"multiplies_bfloat16", "cpu"} <= set(document["machine"])
     # five steps of 6 m³ products on all but the biases
     assert arms["momentum"]["flops_per_parameter"] == pytest.approx(5 * 6 * 64 * 64 / 65)
     assert document["ceilings"]["gflops"] > 0 and file.with_suffix(".png").exists()
+
+
+def test_nothing_is_timed_where_momentum_is_not_muon(tmp_path, monkeypatch, capsys):
+    """Say its Newton-Schulz had lost a step."""
+    momentum = deep_optim.Momentum
+    monkeypatch.setattr(deep_optim, "Momentum", lambda params, lr: momentum(params, lr=lr, ns_steps=4))
+    file = tmp_path / "times.json"
+    assert command.main(["step_time", "--shapes", "small", "--rounds", "2", "--output", str(file)]) == 1
+    result = json.loads(file.read_text())["shapes"]["small"]
+    assert not result["correct"] and result["from_muon"] > 0.1 and "arms" not in result
+    assert "nothing is timed" in capsys.readouterr().out
+
+
+def test_a_result_says_which_commit_it_is_of(monkeypatch):
+    """And nothing where there is no git."""
+    assert len(versions().get("revision", "").rstrip("+")) in (0, 12)
+    monkeypatch.setenv("PATH", "")
+    assert "revision" not in versions()
 
 
 @pytest.mark.parametrize("name", ["adamw", "momentum", "dmgd"])
