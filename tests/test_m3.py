@@ -169,8 +169,9 @@ def test_an_eps_of_zero_divides_nothing_by_zero(second_moment):
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_resumes_bit_for_bit_in_the_middle_of_a_chunk(mix, dtype):
-    options = dict(chunk_size=5, alpha_warmup=3, mix=mix)
+@pytest.mark.parametrize("spread", [False, True])
+def test_resumes_bit_for_bit_in_the_middle_of_a_chunk(mix, dtype, spread):
+    options = dict(chunk_size=5, alpha_warmup=3, mix=mix, spread=spread)
     params = make_params(dtype=dtype)
     train(optimizer := M3(params, **options), params, range(7))
     copies, file = copy_params(params), io.BytesIO()
@@ -210,6 +211,9 @@ def test_each_parameter_counts_its_own_gradients(mix):
         ({"mix": "pre"}, [2] * 9),
         ({"alpha": 0.0}, [2] * 9),
         ({"capturable": True}, [4] * 9),
+        ({"spread": True}, [3, 2, 3, 2, 3, 2, 3, 2, 3]),
+        ({"spread": True, "chunk_size": 2}, [3] * 9),
+        ({"spread": True, "mix": "pre"}, [2] * 9),
         ({"capturable": True, "mix": "pre"}, [2] * 9),
     ],
     ids=str,
@@ -233,6 +237,27 @@ def test_the_slow_memory_is_orthogonalised_once_a_chunk(options, calls, monkeypa
         train(optimizer, params, [step])
         counts.append(count)
     assert counts == calls
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_spread_over_a_chunk_each_memory_is_read_at_its_own_step(capturable, absent):
+    """The k-th of n is read k C / n steps into each chunk, as it is then, whether or not the others have gradients."""
+    params, chunk_size, beta, count = make_params([(4, 6)] * 3, torch.float64), 6, 0.7, 11
+    options = dict(chunk_size=chunk_size, slow_beta=beta, capturable=capturable)
+    optimizer, seen = M3(params, spread=True, **options), gradients(count)
+    for grad in seen:
+        for param in params:
+            param.grad = None if absent and param is params[0] else grad.clone()
+        optimizer.step()
+    for param, late in list(zip(params, (0, 2, 4), strict=True))[absent:]:
+        last = (count - 1 - late) // chunk_size * chunk_size + late  # gradients before the step at which it was read
+        read = sum(
+            beta ** ((last - 1) // chunk_size - i // chunk_size) * (1 - beta) / chunk_size * seen[i]
+            for i in range(last)
+        )
+        expected = orthogonal(read) if last else torch.zeros(4, 6, dtype=torch.float64)
+        torch.testing.assert_close(optimizer.state[param]["slow.answer"], expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("mix", MIXES)

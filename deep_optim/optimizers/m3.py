@@ -60,6 +60,8 @@ class M3(MemoryOptimizer):
         alpha_warmup: steps over which that weight rises linearly, from the first gradient after the first chunk on.
         chunk_size: gradients between two updates of what is read from the slow memory. A parameter counts its own.
         slow_beta: how much of the slow memory survives a chunk; it remembers chunk_size / (1 − slow_beta) steps.
+        spread: under "post", read the slow memories of a group one after the other over a chunk, rather than all at its
+            first step, which then takes twice the products of any other. Most are read amid a chunk then.
         mix: "post" adds the two orthogonalised memories. "pre" orthogonalises their sum: no second Newton-Schulz, and
             a slow memory counts for less where its gradients disagreed.
         second_moment: what evens out the update. "row": the average size of its rows, over time; "elementwise": of its
@@ -122,6 +124,7 @@ class M3(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         kahan_sum: bool = False,
+        spread: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -146,6 +149,7 @@ class M3(MemoryOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "kahan_sum": kahan_sum,
+            "spread": spread,
         }
         super().__init__(params, defaults)
 
@@ -200,25 +204,34 @@ class M3(MemoryOptimizer):
         super()._step_group(group, params)
 
     def _begin_chunks(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """At the first step of a chunk, keep what the slow memory answers, and let the memory fade."""
+        """Where a chunk begins, keep what the slow memory answers, and let the memory fade."""
         on_device = torch.compiler.is_compiling() or group["capturable"]
-        chunk_size = group["chunk_size"]
-        states = [self.state[param] for param in params]  # whose counters are of the steps before this one
-        states = [state for state in states if on_device or not state["step"].item() % chunk_size]
-        answers = memories = [state["slow.memory"] for state in states]
+        late = dict.fromkeys(params, 0)
+        if group["spread"] and group["mix"] == "post":
+            late = {param: i * group["chunk_size"] // len(group["params"]) for i, param in enumerate(group["params"])}
+
+        def due(param: Tensor, late: int = 0) -> Any:  # a bool, or a tensor of one
+            step = self.state[param]["step"]  # of the step before this one
+            return ((step if on_device else step.item()) - late) % group["chunk_size"] == 0
+
+        read = [param for param in params if on_device or due(param, late[param])]
+        fade = [param for param in params if on_device or due(param)]
+        answers = [self.state[param]["slow.memory"] for param in read]
         if group["mix"] == "post":
-            answers = on_whole(memories, lambda stacked: orthogonalise(stacked, group), group, self._loads)
-        answers, kept, memories = (
-            list(map(local, each)) for each in (answers, [state["slow.answer"] for state in states], memories)
-        )
-        if not on_device and states:  # all of these begin
-            torch._foreach_copy_(kept, answers)
-            torch._foreach_mul_(memories, group["slow_beta"])
+            answers = on_whole(answers, lambda stacked: orthogonalise(stacked, group), group, self._loads)
+        answers = list(map(local, answers))
+        kept = [local(self.state[param]["slow.answer"]) for param in read]
+        memories = [local(self.state[param]["slow.memory"]) for param in fade]
+        if on_device:  # the host cannot know: all of them, and what is not due stays
+            for param, old, answer in zip(read, kept, answers, strict=True):
+                old.copy_(torch.where(beside(due(param, late[param]), old), answer, old))
+            for param, memory in zip(fade, memories, strict=True):
+                memory.copy_(torch.where(beside(due(param), memory), group["slow_beta"] * memory, memory))
             return
-        for state, answer, old, memory in zip(states, answers, kept, memories, strict=True):
-            first = beside(state["step"] % chunk_size == 0, memory)
-            old.copy_(torch.where(first, answer, old))
-            memory.copy_(torch.where(first, group["slow_beta"] * memory, memory))
+        if read:
+            torch._foreach_copy_(kept, answers)
+        if fade:
+            torch._foreach_mul_(memories, group["slow_beta"])
 
     def update(self, written: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         state["memory"] = (group["momentum"] * state["memory"]).add_(written)
