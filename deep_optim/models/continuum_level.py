@@ -109,28 +109,30 @@ class ContinuumLevel(nn.Module):
         inputs = torch.cat([state["inputs"], x], 1)  # one of the last chunk, those that wait, and the new ones
         waiting, end = state["inputs"].shape[1] - 1, inputs.shape[1] - 1
         full = end // size * size  # tokens in chunks that are complete
-        weights = _sum(initial, state["written"])
+        written = state["written"]
+        weights = _sum(initial, written)
         answers = []
-        for stop, chunk in zip(range(size, full + 1, size), self._chunks(inputs[:, : full + 1], initial), strict=True):
-            answer, gradients = self.block.gradients(weights, *chunk)
-            answers.append(answer[:, 1:])
-            if self.restart and (elapsed - waiting + stop) % self.restart == 0:
-                weights = {name: weight.expand_as(weights[name]) for name, weight in initial.items()}
-            else:
-                weights = self._step(weights, gradients, initial)
+        if full:
+            bounds = self._bounds(initial)
+            chunks = self._chunks(inputs[:, : full + 1], initial)
+            for stop, chunk in zip(range(size, full + 1, size), chunks, strict=True):
+                answer, gradients = self.block.gradients(weights, *chunk)
+                answers.append(answer[:, 1:])
+                if self.restart and (elapsed - waiting + stop) % self.restart == 0:
+                    weights = {name: weight.expand_as(weights[name]) for name, weight in initial.items()}
+                else:
+                    weights = self._step(weights, gradients, initial, bounds)
+            written = {name: weight - initial[name] for name, weight in weights.items()}
         rest = inputs[:, full:]
         answers.append(self.block.read(weights, rest[:, 1:]))
-        written = {name: weight - initial[name] for name, weight in weights.items()} if full else state["written"]
         return torch.cat(answers, 1)[:, waiting:], {"written": written, "inputs": rest.clone()}
 
     def _chunks(self, inputs: Tensor, initial: Weights) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield keys x_{t−1}, values and rates of every chunk; behind them x_t of the last t, which is only read.
+        """Return keys x_{t−1}, values and rates of every chunk; behind them x_t of the last t, which is only read.
 
         What does not depend on the weights of the moment is computed for all chunks at once.
         """
         size = self.chunk_size
-        if inputs.shape[1] <= size:
-            return
         key, token = inputs[:, :-1], inputs[:, 1:]
         value = self.block.read(initial, key) + token @ self.target.weight.to(inputs.dtype).mT
         openness = 2 * torch.sigmoid(token @ self.gate.weight.to(inputs.dtype)[0])
@@ -138,14 +140,17 @@ class ContinuumLevel(nn.Module):
         keys = inputs.unfold(1, size + 1, size).mT.unbind(1)  # each [B, C + 1, D]
         values = nn.functional.pad(value.unflatten(1, (-1, size)), (0, 0, 0, 1)).unbind(1)
         rates = nn.functional.pad(rate.unflatten(1, (-1, size)), (0, 1)).unbind(1)
-        yield from zip(keys, values, rates, strict=True)
+        return zip(keys, values, rates, strict=True)
 
-    def _step(self, weights: Weights, gradients: Weights, initial: Weights) -> Weights:
+    def _bounds(self, initial: Weights) -> Weights:
+        """Return (max_step ‖W₀‖)² of each weight; of one that is all zero, about none."""
+        return {name: self.max_step**2 * weight.square().sum() + 1e-12 for name, weight in initial.items()}
+
+    def _step(self, weights: Weights, gradients: Weights, initial: Weights, bounds: Weights) -> Weights:
         """Return W after an update."""
         new = {}
         for name, gradient in gradients.items():
-            limit = self.max_step**2 * initial[name].square().sum() + 1e-12  # of weights that are all zero: about none
-            square = torch.linalg.vector_norm(gradient.flatten(1), dim=1).square() / limit  # (‖G‖ / (max_step ‖W₀‖))²
+            square = torch.linalg.vector_norm(gradient.flatten(1), dim=1).square() / bounds[name]
             scale = torch.rsqrt(1 + square).view(-1, *[1] * (gradient.ndim - 1))
             new[name] = torch.addcmul(torch.lerp(initial[name], weights[name], self.retention), gradient, -scale)
         return new
