@@ -3,6 +3,7 @@
 Each promise is one that a public implementation of these layers was seen to break.
 """
 
+import contextlib
 import copy
 import io
 import itertools
@@ -273,6 +274,20 @@ def test_a_foreign_state_is_refused_in_words(case: ModelCase):
         model(tokens, case.make(torch.float32)(tokens)[1])
     with pytest.raises(ValueError, match=r"on cpu, got torch\.float64 on meta"):
         model(tokens, on_meta(state))
+
+
+@every_model()
+def test_nothing_is_read_back_from_a_device(case: ModelCase, monkeypatch):
+    """A tensor on the meta device has no value to read, so that whatever would wait for a device fails there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which the meta device lacks
+    model, tokens = case.make(num_layers=1).to("meta"), make_tokens(2, 10).to("meta")
+    state = None
+    for piece in tokens.split([9, 0, 1], 1):
+        logits, state = model(piece, state)
+        assert logits.is_meta
+    model(tokens, state, write=False)
+    for name, leaf in leaves(state).items():
+        assert leaf.device.type == ("cpu" if name.endswith("/step") else "meta"), name
 
 
 def on_meta(state):

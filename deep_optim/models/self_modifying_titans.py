@@ -144,6 +144,7 @@ class SelfModifyingTitans(nn.Module):
             state = self.initial_state(len(x))
         else:
             check_state(state, self.initial_state(len(x), "meta"), x.device)
+            state = {**state, "step": state["step"].cpu()}  # nothing to do but for a state that was moved as a whole
         mixed = torch.cat([self.query(x), self.key(x), self.value(x)], -1).to(dtype)
         rates = self.rates(x).to(dtype)
         with torch.autocast(x.device.type, enabled=False):  # the recurrence keeps its precision
@@ -272,7 +273,8 @@ class SelfModifyingTitans(nn.Module):
 
         stack: the change D of the stack of memories [B, H, rows, d], as it is and as it was when the projections' chunk
         began ("frozen"); and its velocity S, with momentum; w1, w2: the same of the two layers of an "mlp" memory;
-        seen: Σ b k kᵀ of the main memory's chunk, for "mlp"; tail: the convolution's [B, 3, 3 D]; step: tokens written.
+        seen: Σ b k kᵀ of the main memory's chunk, for "mlp"; tail: the convolution's [B, 3, 3 D]; step: tokens written,
+        on the CPU wherever the rest is: it says where chunks end, and reading it from a device would wait for that.
         """
         dtype, device = self._dtype, self.conv.device if device is None else device
 
@@ -287,7 +289,7 @@ class SelfModifyingTitans(nn.Module):
         if self.memory == "mlp":
             state |= {name: memory(*self.initial[name].shape[1:]) for name in ("w1", "w2")}
             state["seen"] = zeros(self.heads, self.width, self.width)
-        step = torch.zeros((), dtype=torch.int64, device=device)
+        step = torch.zeros((), dtype=torch.int64, device="cpu")
         return {**state, "tail": zeros(_CONV_WIDTH - 1, 3 * self.dim), "step": step}
 
 

@@ -12,7 +12,8 @@ State = dict[str, Any]  # of tensors and further dicts of them
 def check_state(state: State, expected: State, device: torch.device, where: str = "state") -> None:
     """Raise ValueError unless `state` has the names, shapes and dtypes of `expected` and is on `device`.
 
-    `expected` is a fresh state on the meta device: it is asked for at every token, and allocates nothing there.
+    `expected` is a fresh state on the meta device: it is asked for at every token, and allocates nothing there. A
+    counter, which has no dimensions, may be anywhere: it is the host's, though a state is moved and loaded as a whole.
     """
     check_names(state, expected, where)
     for name, like in expected.items():
@@ -24,7 +25,7 @@ def check_state(state: State, expected: State, device: torch.device, where: str 
             raise ValueError(f"{place} is of another layer: expected shape {list(like.shape)}, got {shape}")
         elif tensor.shape != like.shape:
             raise ValueError(f"{place} is of {len(tensor)} samples, the input of {len(like)}")
-        elif (tensor.dtype, tensor.device) != (like.dtype, device):
+        elif tensor.dtype != like.dtype or (like.ndim and tensor.device != device):
             raise ValueError(
                 f"{place} must be {like.dtype} on {device}, got {tensor.dtype} on {tensor.device}; move it there"
             )
