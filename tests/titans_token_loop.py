@@ -44,7 +44,7 @@ def head_loop(layer, h, mixed, rates):
             memory = layer.initial[name][h] + layer.gain[name][h] * frozen[name]
             return memory @ z if name in ("lr", "retention") else z + memory @ z
 
-        x_query, x_key, value = unit(mixed[t, 0]), unit(mixed[t, 1]), mixed[t, 2]
+        x_query, x_key, value = mixed[t, 0], unit(mixed[t, 1]), mixed[t, 2]
         query = unit(ask("query", x_query) if "query" in names else x_query)
         key = unit(ask("key", x_key) if "key" in names else x_key)
         value = ask("value", value) if "value" in names else value

@@ -56,13 +56,14 @@ class Hope(LanguageModel):
                 chunk_size=memory_chunk_size,
                 projection_chunk_size=projection_chunk_size,
             )
-            budget = 12 * dim**2 - sum(param.numel() for param in titans.parameters())
+            features = hidden_dim
+            if features is None:
+                budget = 12 * dim**2 - sum(param.numel() for param in titans.parameters())
+                features = hidden_dim_for(budget, dim, inner_lr, len(chunk_sizes))
             levels = ContinuumMemory(
                 dim,
                 chunk_sizes,
-                hidden_dim=hidden_dim_for(budget, dim, inner_lr, len(chunk_sizes))
-                if hidden_dim is None
-                else hidden_dim,
+                hidden_dim=features,
                 arrangement=arrangement,
                 inner_lr=inner_lr,
                 retention=retention,

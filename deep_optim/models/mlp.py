@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from deep_optim.ops.swiglu import SwiGLU, read_swiglu, swiglu_gradients
+from ..ops.swiglu import SwiGLU, read_swiglu, swiglu_gradients
 
 
 class MLP(nn.Module):

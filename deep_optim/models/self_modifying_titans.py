@@ -1,8 +1,8 @@
 """Self-modifying Titans: a layer whose memory is written in context, and so are the maps that decide what is written.
 
 Every head has a main memory, and for each name in `adapt` a memory of what that projection should be. The token reaches
-them by static projections x^query, x^key, x^value (linear, causal convolution, SiLU; the first two at length 1), and a
-memory that maps vectors is residual, M(z) = z + W z:
+them by static projections x^query, x^key, x^value (linear, causal convolution, SiLU; the key at length 1), and a memory
+that maps vectors is residual, M(z) = z + W z:
 
     q_t = unit(M_query(x^query)),  k_t = unit(M_key(x^key)),  v_t = M_value(x^value)
     b_t = 2 sigmoid(x^lr + W_lr x^key)                      how strongly to write, in (0, 2)
@@ -151,7 +151,7 @@ class SelfModifyingTitans(nn.Module):
             mixed, tail = causal_conv(mixed, self.conv.to(dtype), state["tail"])
             query, key, value = F.silu(mixed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, d]
             lr, retention = rates.unflatten(-1, (2, self.heads, 1)).permute(2, 0, 3, 1, 4)  # [B, H, T, 1]
-            tokens = unit(query), unit(key), value, lr, retention
+            tokens = query, unit(key), value, lr, retention
             answer, state = self._write(tokens, state) if write else (self._read(tokens, state), state)
             answer = F.rms_norm(answer, (answer.shape[-1],), self.norm.weight.to(dtype), self.norm.eps)
         gated = answer.transpose(1, 2).flatten(2).to(x.dtype) * F.silu(self.gate(x))
