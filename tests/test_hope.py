@@ -23,12 +23,14 @@ def test_is_its_two_layers_in_a_row():
 
 
 def test_options_reach_the_layers():
-    titans = dict(heads=2, memory="mlp", memory_chunk_size=3, projection_chunk_size=5)
+    titans = dict(heads=2, memory="mlp", memory_chunk_size=3, memory_hidden_dim=11, projection_chunk_size=5)
+    titans |= dict(adapt=iter(("query", "lr")), momentum=0.7)
     levels = dict(chunk_sizes=(6, 3), hidden_dim=7, arrangement="nested", retention=0.9, max_step=0.3)
     model = Hope(13, 16, 2, **titans, **levels, inner_lr=(0.5, 2.0), dropout=0.1)
     for block in model.blocks:
         mixer, memory = block.mixer, block.memory
         assert (mixer.heads, mixer.memory, mixer.chunk_size, mixer.projection_chunk_size) == (2, "mlp", 3, 5)
+        assert set(mixer.adapt) == {"query", "lr"} and mixer.momentum == 0.7 and mixer.initial["w2"].shape == (2, 11, 8)
         assert memory.arrangement == "nested" and [level.restart for level in memory.levels] == [None, 6]
         assert [(lv.chunk_size, lv.inner_lr, lv.retention, lv.max_step) for lv in memory.levels] == [
             (6, 0.5, 0.9, 0.3),

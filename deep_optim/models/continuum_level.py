@@ -27,7 +27,7 @@ from .state import State, check_state, size_of, state_dtype
 Weights = dict[str, Tensor]
 
 
-class Block(Protocol):
+class WritableBlock(Protocol):
     """What a level asks of the block it writes into; weights are tensors by name, one set or one per sample."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -45,7 +45,7 @@ class ContinuumLevel(nn.Module):
     a level stays within max_step / (1 − retention) of where it began, whatever it reads.
 
     Args:
-        block: a module that is also a `Block`.
+        block: a module that is also a `WritableBlock`.
         dim: its inputs and outputs, D.
         chunk_size: tokens from one update to the next, C.
         inner_lr: step size on the level's own objective; 0 makes it an ordinary MLP without any state.
@@ -54,7 +54,7 @@ class ContinuumLevel(nn.Module):
         restart: tokens after which the level goes back to its initial weights; None never does.
     """
 
-    block: Block
+    block: WritableBlock
 
     def __init__(
         self,

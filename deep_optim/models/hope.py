@@ -6,7 +6,7 @@ Nested Learning, arXiv:2512.24695, Eq. 94-97. Everything in it learns in context
 the levels of the continuum memory chunk by chunk, and all of them start from weights that training has learned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from .continuum_memory import Arrangement, ContinuumMemory, hidden_dim_for
@@ -21,8 +21,8 @@ class Hope(LanguageModel):
         vocab_size: number of tokens, V.
         dim: features of a token, D.
         num_layers: number of blocks.
-        heads, memory, projection_chunk_size: of `SelfModifyingTitans`.
-        memory_chunk_size: its `chunk_size`, of the main memory.
+        heads, memory, projection_chunk_size, adapt, momentum: of `SelfModifyingTitans`.
+        memory_chunk_size, memory_hidden_dim: its `chunk_size` and `hidden`, of the main memory.
         chunk_sizes, hidden_dim, arrangement, inner_lr, retention, max_step: of `ContinuumMemory`. By default as many
             hidden features as give a block the 12 D² weights of a Transformer's.
         dropout: of what each layer adds.
@@ -39,7 +39,10 @@ class Hope(LanguageModel):
         heads: int = 4,
         memory: Literal["linear", "mlp"] = "linear",
         memory_chunk_size: int = 16,
+        memory_hidden_dim: int | None = None,
         projection_chunk_size: int = 64,
+        adapt: Iterable[str] = ("key", "value", "lr", "retention"),
+        momentum: float = 0.0,
         chunk_sizes: Sequence[int] = (64, 16),
         hidden_dim: int | None = None,
         arrangement: Arrangement = "sequential",
@@ -48,6 +51,8 @@ class Hope(LanguageModel):
         max_step: float = 0.1,
         dropout: float = 0.0,
     ) -> None:
+        adapt = (adapt,) if isinstance(adapt, str) else tuple(adapt)  # every block reads it
+
         def block() -> Block:
             titans = SelfModifyingTitans(
                 dim,
@@ -55,6 +60,9 @@ class Hope(LanguageModel):
                 memory=memory,
                 chunk_size=memory_chunk_size,
                 projection_chunk_size=projection_chunk_size,
+                adapt=adapt,
+                momentum=momentum,
+                hidden=memory_hidden_dim,
             )
             features = hidden_dim
             if features is None:
