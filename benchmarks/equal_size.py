@@ -10,8 +10,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from deep_optim.models import ContinuumMemory, Hope, HopeAttention, Transformer
-from deep_optim.models.language_model import Block, LanguageModel
+from deep_optim.models import Block, ContinuumMemory, Hope, HopeAttention, LanguageModel, Transformer
 
 from .hope_variants import count
 from .sequence_models import LSTM, DeltaNet, LinearAttention

@@ -3,7 +3,8 @@
 − DGD               D ← a D + b v̂ kᵀ, which adds and erases nothing (a dot product as objective in place of L2)
 − weight decay      a = 1, and a retention of 1 in the levels: nothing is lost but what is overwritten
 − CMS               a Transformer's MLP in place of the levels
-− inner k, − inner v, − inner rates     that projection is static
+− inner k, − inner v, − inner rates, − inner projections     that projection is static; the last, all of them
++ gain of 1         projections start with all of what their memories hold, as in the paper, in place of a hundredth
 + momentum          writes are averaged over tokens; the paper's Hope has it, and "w/o momentum" is ours
 + inner q           the query has a memory, too; the paper's has one, and "w/o inner q" is ours
 """
@@ -14,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deep_optim.models import ContinuumMemory, Hope, SelfModifyingTitans
-from deep_optim.models.language_model import Block, LanguageModel
+from deep_optim.models import Block, ContinuumMemory, Hope, LanguageModel, SelfModifyingTitans
 
 Build = Callable[[int, int, int], nn.Module]  # vocab_size, dim, num_layers
 
@@ -44,46 +44,62 @@ class Keeping(SelfModifyingTitans):
         return query, key, value, 0 * log_decay, rate
 
 
-def hope(titans: type[SelfModifyingTitans] = SelfModifyingTitans, retention: float = 0.95, **options: Any) -> Build:
-    """Hope with short chunks, its layer of another class or with other options."""
+def hope(**options: Any) -> Build:
+    """Hope with short chunks, or with other options, whose levels are as wide as makes a block as large as Hope's."""
+
+    def build(vocab_size: int, dim: int, num_layers: int) -> Hope:
+        hidden = _hidden(dim, **options)
+        return _short(vocab_size, dim, num_layers, hidden_dim=hidden, **options)
+
+    return build
+
+
+def hope_of(titans: type[SelfModifyingTitans], retention: float = 0.95) -> Build:
+    """Hope with short chunks, its layer of another class."""
 
     def build(vocab_size: int, dim: int, num_layers: int) -> LanguageModel:
         def block() -> Block:
-            mixer = _mixer(titans, dim, options)
-            hidden = (_budget(dim, mixer) - len(CHUNKS) * dim**2) // (3 * dim * len(CHUNKS))
-            return Block(dim, mixer, ContinuumMemory(dim, CHUNKS, hidden_dim=hidden, retention=retention))
+            mixer = titans(dim, HEADS, chunk_size=MEMORY_CHUNK, projection_chunk_size=PROJECTION_CHUNK)
+            return Block(dim, mixer, ContinuumMemory(dim, CHUNKS, hidden_dim=_hidden(dim), retention=retention))
 
         return LanguageModel(vocab_size, dim, num_layers, block)
 
     return build
 
 
-def without_levels(vocab_size: int, dim: int, num_layers: int) -> LanguageModel:
-    """Self-modifying Titans and an MLP that is trained from outside."""
+def with_gain(gain: float) -> Build:
+    """Hope with short chunks, whose projections start with so much of what their memories hold."""
 
-    def block() -> Block:
-        mixer = _mixer(SelfModifyingTitans, dim, {})
-        hidden = _budget(dim, mixer) // (3 * dim)
-        return Block(dim, mixer, ContinuumMemory(dim, (1,), hidden_dim=hidden, inner_lr=0))
+    def build(vocab_size: int, dim: int, num_layers: int) -> Hope:
+        model = _short(vocab_size, dim, num_layers)
+        for name, param in model.named_parameters():
+            if ".gain." in name:
+                nn.init.constant_(param, gain)
+        return model
 
-    return LanguageModel(vocab_size, dim, num_layers, block)
+    return build
 
 
-def _budget(dim: int, mixer: nn.Module) -> int:
-    """The weights that are left for the levels, if a block is to have as many as Hope's."""
+def _short(vocab_size: int, dim: int, num_layers: int, **options: Any) -> Hope:
+    chunks: dict[str, Any] = dict(
+        memory_chunk_size=MEMORY_CHUNK, projection_chunk_size=PROJECTION_CHUNK, chunk_sizes=CHUNKS
+    )
+    return Hope(vocab_size, dim, num_layers, heads=HEADS, **{**chunks, **options})
+
+
+def _hidden(dim: int, **options: Any) -> int:
+    """Hidden features of the levels, 3 D weights each, of what Hope leaves beside the mixer and what learns."""
     with torch.device("meta"):
-        model = Hope(1, dim, 1, heads=HEADS, chunk_sizes=CHUNKS)
-    whole = model.blocks[0]
-    return count(whole.mixer) + count(whole.memory) - count(mixer)
+        whole, block = _short(1, dim, 1).blocks[0], _short(1, dim, 1, **options).blocks[0]
+    levels = block.memory.levels
+    learning = sum(level.inner_lr > 0 for level in levels)
+    free = count(whole.mixer) + count(whole.memory) - count(block.mixer) - learning * dim**2
+    return free // (3 * dim * len(levels))
 
 
 def count(module: nn.Module) -> int:
     """Its parameters."""
     return sum(param.numel() for param in module.parameters())
-
-
-def _mixer(titans: type[SelfModifyingTitans], dim: int, options: dict[str, Any]) -> SelfModifyingTitans:
-    return titans(dim, HEADS, chunk_size=MEMORY_CHUNK, projection_chunk_size=PROJECTION_CHUNK, **options)
 
 
 def _static(*names: str) -> tuple[str, ...]:
@@ -92,12 +108,14 @@ def _static(*names: str) -> tuple[str, ...]:
 
 VARIANTS: dict[str, Build] = {
     "hope (whole)": hope(),
-    "hope - DGD": hope(Adding),
-    "hope - weight decay": hope(Keeping, retention=1.0),
-    "hope - CMS": without_levels,
+    "hope - DGD": hope_of(Adding),
+    "hope - weight decay": hope_of(Keeping, retention=1.0),
+    "hope - CMS": hope(chunk_sizes=(1,), inner_lr=0.0),
     "hope - inner k": hope(adapt=_static("key")),
     "hope - inner v": hope(adapt=_static("value")),
     "hope - inner rates": hope(adapt=_static("lr", "retention")),
+    "hope - inner projections": hope(adapt=()),
     "hope + inner q": hope(adapt=(*ADAPT, "query")),
     "hope + momentum": hope(momentum=MOMENTUM),
+    "hope + gain of 1": with_gain(1.0),
 }

@@ -12,8 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deep_optim.models import ContinuumMemory, Hope, HopeAttention, SelfModifyingTitans, Transformer
-from deep_optim.models.language_model import Block, LanguageModel
+from deep_optim.models import (
+    Block,
+    ContinuumMemory,
+    Hope,
+    HopeAttention,
+    LanguageModel,
+    SelfModifyingTitans,
+    Transformer,
+)
 from deep_optim.ops.gated_delta_rule import gated_delta_rule
 
 from .hope_variants import VARIANTS, Build

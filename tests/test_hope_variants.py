@@ -7,7 +7,7 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks.hope_variants import VARIANTS, Adding, Keeping
+from benchmarks.hope_variants import ADAPT, VARIANTS, Adding, Keeping
 from benchmarks.sequence_models import MODELS
 from deep_optim.models import SelfModifyingTitans
 
@@ -35,11 +35,18 @@ def test_projections_are_static_where_they_have_no_memory():
         "- inner k": {"key"},
         "- inner v": {"value"},
         "- inner rates": {"lr", "retention"},
+        "- inner projections": boxes - {"memory"},
         "+ inner q": {"query"},
     }
     for name, build in VARIANTS.items():
         found = set(build(11, 16, 1).blocks[0].mixer.initial)
         assert found == boxes ^ changed.get(name.removeprefix("hope "), set())
+
+
+def test_with_a_gain_of_one_projections_start_with_all_that_their_memories_hold():
+    params = dict(VARIANTS["hope + gain of 1"](11, 16, 1).named_parameters())
+    assert {name.rpartition(".")[2] for name in params if ".gain." in name} == {"memory", *ADAPT}
+    assert all((param == 1).all() for name, param in params.items() if ".gain." in name)
 
 
 def test_adding_is_the_hebbian_sum():
