@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .sizes import check_sizes
 from .state import State, check_state, size_of, state_dtype
 
 
@@ -27,7 +28,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, *, base: float = 10_000.0) -> None:
         super().__init__()
-        if heads < 1 or dim % heads or dim // heads % 2:
+        check_sizes(dim=dim, heads=heads)
+        if dim % heads or dim // heads % 2:
             raise ValueError(f"Invalid heads: {heads}; {dim} features must divide into heads of an even number")
         self.heads, self.base = heads, base
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))

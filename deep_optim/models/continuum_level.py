@@ -16,12 +16,12 @@ zero.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .sizes import check_sizes
 from .state import State, check_state, size_of, state_dtype
 
 Weights = dict[str, Tensor]
@@ -199,8 +199,7 @@ def check_chunk_sizes(chunk_sizes: Sequence[int]) -> None:
     if not isinstance(chunk_sizes, Sequence) or not chunk_sizes:
         raise ValueError(f"Invalid chunk_sizes: {chunk_sizes!r}, expected one number for each level")
     for size in chunk_sizes:
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"Invalid chunk size: {size!r}, expected a whole number of at least 1")
+        check_sizes(**{"chunk size": size})
     ordered = sorted(chunk_sizes)
     for fast, slow in itertools.pairwise(ordered):
         if slow % fast:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .continuum_level import ContinuumLevel, check_chunk_sizes, check_learning, level_rates
 from .mlp import MLP
 from .pretrained import PretrainedContinuum
+from .sizes import check_sizes
 from .state import State, check_names, size_of
 
 Arrangement = Literal["sequential", "independent", "nested"]
@@ -71,6 +72,7 @@ class ContinuumMemory(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_sizes(dim=dim, hidden_dim=1 if hidden_dim is None else hidden_dim)
         check_chunk_sizes(chunk_sizes)
         rates = level_rates(inner_lr, len(chunk_sizes))
         check_learning(retention, max_step)
@@ -83,8 +85,6 @@ class ContinuumMemory(nn.Module):
         slower = {size: next((s for s in sorted(chunk_sizes) if s > size), None) for size in chunk_sizes}
         if hidden_dim is None:
             hidden_dim = hidden_dim_for(8 * dim**2, dim, rates, len(chunk_sizes))
-        if hidden_dim < 1:
-            raise ValueError(f"Invalid hidden_dim: {hidden_dim}, expected at least 1")
         nested = arrangement == "nested"
         self.arrangement, self.chunk_sizes = arrangement, tuple(chunk_sizes)
         self.slower = {  # level to the level whose chunk is its context

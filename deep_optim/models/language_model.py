@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .sizes import check_sizes
 from .state import State, check_names
 
 SIZES = {  # the paper's names; layers and widths by the field's usual table (GPT-3, arXiv:2005.14165, Table 2.1)
@@ -68,9 +69,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, num_layers: int, block: Callable[[], nn.Module]) -> None:
         super().__init__()
-        for name, value in {"vocab_size": vocab_size, "dim": dim, "num_layers": num_layers}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Invalid {name}: {value!r}, expected a whole number of at least 1")
+        check_sizes(vocab_size=vocab_size, dim=dim, num_layers=num_layers)
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(block() for _ in range(num_layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)

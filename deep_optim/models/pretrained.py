@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .continuum_level import ContinuumLevel, check_chunk_sizes, check_learning, level_rates
+from .sizes import check_sizes
 from .state import State, check_names
 
 
@@ -133,6 +134,7 @@ class PretrainedContinuum(nn.Module):
             raise ValueError("the model's MLPs are levels already")
         if dim is None:
             dim = _width(model, model.get_submodule(places[0]))
+        check_sizes(dim=dim)
         self.model, self.places = model, places
         for index, path in enumerate(places):
             mlp, which = model.get_submodule(path), index % len(chunk_sizes)

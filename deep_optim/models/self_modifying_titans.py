@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from ..ops.gated_delta_rule import gated_delta_rule
 from ..ops.gated_mlp_memory import gated_mlp_memory, read_residual_mlp, soft_cap
 from .causal_conv import causal_conv
+from .sizes import check_sizes
 from .state import State, check_state, pieces, state_dtype
 
 _CONV_WIDTH = 4  # the paper's
@@ -59,7 +60,7 @@ class SelfModifyingTitans(nn.Module):
         hidden: features of an "mlp" memory; 2 dim / heads by default.
 
     Raises:
-        ValueError: for sizes below 1, heads that do not divide `dim`, names that are none.
+        ValueError: for sizes that are none, heads that do not divide `dim`, names that are unknown.
     """
 
     def __init__(
@@ -75,10 +76,8 @@ class SelfModifyingTitans(nn.Module):
         hidden: int | None = None,
     ) -> None:
         adapt = tuple(adapt) if not isinstance(adapt, str) else (adapt,)
-        sizes = dict(dim=dim, heads=heads, chunk_size=chunk_size, projection_chunk_size=projection_chunk_size)
-        for name, size in {**sizes, "hidden": 1 if hidden is None else hidden}.items():
-            if not size >= 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(dim=dim, heads=heads, chunk_size=chunk_size, projection_chunk_size=projection_chunk_size)
+        check_sizes(hidden=1 if hidden is None else hidden)
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim={dim} and heads={heads}")
         if memory not in ("linear", "mlp"):
@@ -289,8 +288,7 @@ class SelfModifyingTitans(nn.Module):
         if self.memory == "mlp":
             state |= {name: memory(*self.initial[name].shape[1:]) for name in ("w1", "w2")}
             state["seen"] = zeros(self.heads, self.width, self.width)
-        step = torch.zeros((), dtype=torch.int64, device="cpu")
-        return {**state, "tail": zeros(_CONV_WIDTH - 1, 3 * self.dim), "step": step}
+        return {**state, "tail": zeros(_CONV_WIDTH - 1, 3 * self.dim), "step": torch.tensor(0, device="cpu")}
 
 
 def unit(z: Tensor) -> Tensor:
