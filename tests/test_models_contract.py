@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from deep_optim.models import detach
+from deep_optim.models import SelfModifyingTitans, detach
+from deep_optim.models.continuum_level import ContinuumLevel
 from model_cases import VOCAB, ModelCase, every_model, leaves, make_tokens
 
 CLOSE = dict(rtol=0, atol=1e-10)
@@ -133,20 +134,44 @@ def test_the_first_loss_is_that_of_knowing_nothing(case: ModelCase, vocab_size: 
     assert loss.item() == pytest.approx(math.log(vocab_size), rel=0.05)
 
 
+def of_long_chunks(case: ModelCase, factor: int, heads: int):
+    """A small model for many tokens: with short chunks or two blocks a test would take minutes."""
+    options = {"chunk_sizes": [factor * size for size in case.kwargs.get("chunk_sizes", ())]}
+    options |= {name: factor * size for name, size in case.kwargs.items() if name.endswith("_chunk_size")}
+    options = {name: value for name, value in options.items() if value}
+    return case.make(torch.float32, dim=8, heads=heads, num_layers=1, **options)
+
+
 @every_model()
-def test_stays_finite_and_remembers_over_many_tokens(case: ModelCase):
-    # longer chunks, or the test would take minutes
-    longer = {"chunk_sizes": [16 * size for size in case.kwargs["chunk_sizes"]]} if "chunk_sizes" in case.kwargs else {}
-    longer |= {name: 16 * size for name, size in case.kwargs.items() if name.endswith("_chunk_size")}
-    model = case.make(torch.float32, num_layers=1, **longer)
-    state = None
-    with torch.no_grad():
-        for seed in range(6):
-            logits, state = model(make_tokens(1, 1024, seed), state)
-            assert logits.isfinite().all()
-    for name, leaf in leaves(state).items():
-        assert leaf.isfinite().all(), name
-        assert leaf.any() or "written" not in name or case.kwargs.get("arrangement") == "nested", f"{name} is erased"
+@torch.no_grad()
+def test_sixteen_thousand_random_tokens_leave_everything_finite(case: ModelCase):
+    logits, state = of_long_chunks(case, 128, heads=1)(make_tokens(1, 16_384))
+    assert logits.isfinite().all()
+    assert [name for name, leaf in leaves(state).items() if not leaf.isfinite().all()] == []
+
+
+@every_model()
+@torch.no_grad()
+def test_remembers_for_a_thousand_tokens_in_which_nothing_is_written(case: ModelCase):
+    model = of_long_chunks(case, 64, heads=2)
+    _, state = model(make_tokens(1, 1000))
+    for module in model.modules():
+        if isinstance(module, SelfModifyingTitans):
+            module.rates.bias[: module.heads] = -1e9  # b = 0
+        if isinstance(module, ContinuumLevel):
+            module.inner_lr *= 1e-12
+    _, later = model(make_tokens(1, 1000, seed=2), state)
+    levels = model.blocks[0].memory.levels
+    before, after = leaves(state), leaves(later)
+    for name in before:
+        if name.endswith("/change"):
+            assert 0.1 < after[name].norm() / before[name].norm() < 1, name
+        if "/written/" in name:
+            level = levels[int(name.split("/")[3])]
+            chunks = 2000 // level.chunk_size - 1000 // level.chunk_size
+            kept = 0.0 if level.restart else level.retention**chunks
+            torch.testing.assert_close(after[name], kept * before[name], rtol=1e-4, atol=1e-7)
+            assert before[name].any() and (kept > 0.1 or level.restart), name
 
 
 @every_model()
