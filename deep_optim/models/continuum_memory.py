@@ -40,8 +40,8 @@ class ContinuumMemory(nn.Module):
             learn, have the 8 D² weights of the usual feed-forward layer.
         arrangement: "sequential", "independent" or "nested"; see the module docstring.
         inner_lr: step size of the levels on their own objective, per level or for all; 0 is an ordinary MLP. The
-            objective is a mean over tokens and features, with a curvature of 0.1 to 0.4 for tokens that differ and of
-            up to 2 for tokens all alike, in fresh models; steps are stable up to 2 over that.
+            objective is a mean over tokens and features; steps are stable up to 2 over its curvature, which is largest
+            for tokens all alike.
         retention: how much of what was written survives an update of its level. 0.95 remembers 20 chunks, so that slow
             levels remember longer.
         max_step: an update is never longer than this, relative to the initial weights. Bounds what keys that resemble
