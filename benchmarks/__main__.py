@@ -22,6 +22,7 @@ BENCHMARKS = {
     "kernels": "each operation beside the plain way to write it, and what the machine can do",
     "scaling": "memory, communication and time of a step on 8 to 1,024 GPUs: predictions",
     "throughput": "tokens per second, activations and state of the sequence models",
+    "activations": "bytes that a block of the paper's sizes keeps for the backward pass, counted without computing",
     "overhead": "what watching inputs and chunks of gradients add to a training step",
     "step_time": "milliseconds and state bytes of one optimizer step, in paired shuffled rounds",
 }

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from deep_optim.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
 
@@ -103,17 +104,22 @@ def loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def saved_bytes(model: nn.Module, tokens: Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, beside the parameters."""
-    known = {param.untyped_storage().data_ptr() for param in model.parameters()}
-    kept: dict[int, int] = {}
+    return kept_bytes(model, lambda: loss(model, tokens))
+
+
+def kept_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps of `forward`, beside the module's parameters; storages count once."""
+    known = {StorageWeakRef(param.untyped_storage()) for param in module.parameters()}
+    kept: dict[StorageWeakRef, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if (reference := StorageWeakRef(storage)) not in known:
+            kept[reference] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = loss(model, tokens)  # alive, so that no address is used twice
+        held = forward()  # alive, so that no storage is used twice
     del held
     return sum(kept.values())
 

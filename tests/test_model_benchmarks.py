@@ -1,19 +1,23 @@
 """`models`: its baselines compute what they are named for, and a run can be repeated and resumed."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import throughput
+from benchmarks import activations, throughput
 from benchmarks.lesson import Lesson, accuracy
 from benchmarks.problems import IGNORE, make_problem
 from benchmarks.sequence_models import EVERY, DeltaNet, LinearAttention
+from deep_optim.models import Hope, Transformer
 
 TINY = ["--steps", "3", "--dim", "16", "--layers", "1", "--batch", "4", "--lrs", "1e-3,2e-3", "--seeds", "1,2"]
 
@@ -121,6 +125,33 @@ def test_throughput_writes_times_and_exact_bytes(tmp_path):
     sizes = [rows["hope"]["state_bytes_per_sample"] for rows in (short, long)]
     assert sizes[0] == pytest.approx(sizes[1], abs=8) and sizes[0] > 0  # but for the counter that samples share
     assert document["chunks"]["ratio"] > 0 and short["transformer"]["ratio"] == 1.0
+
+
+def test_activations_counts_without_data_what_a_block_keeps_with_it(tmp_path):
+    def counted():
+        return activations.block_bytes(Hope(1, 16, 1, chunk_sizes=(16, 8)).blocks[0], 16, 40)
+
+    with FakeTensorMode():
+        without = counted()
+    assert without == counted() > 0
+
+
+def test_the_page_of_estimates_has_the_figures_that_follow_from_presets_and_counts():
+    page = (Path(__file__).parent.parent / "docs" / "models" / "estimates.md").read_text(encoding="utf-8")
+    counts = json.loads(activations.OUTPUT.read_text())["bytes_per_token"]
+    for size, tokens in {"340m": 15e9, "760m": 30e9, "1.3b": 100e9}.items():
+        with torch.device("meta"):
+            transformer, model = Transformer.preset(size), Hope.preset(size)
+        params, dim = sum(param.numel() for param in transformer.parameters()), model.head.in_features
+        short, long = (counts[size][f"hope, chunks of {chunks}"] / 1e6 for chunks in ("64 and 16", "2048 and 512"))
+        kept = counts[size]["transformer"] / 1e6
+        assert f"| {size.upper()} | {dim:,}, 24 | {short:.0f} MB | {long:.0f} MB | {kept:.1f} MB |" in page
+        rate = 0.4 * 989e12 / (6 * params)
+        hours = tokens / rate / 3600
+        (line,) = re.findall(rf"\| {size.upper()} \|(.* G \|.*) \|", page)
+        row = [float(re.sub("[, G]", "", cell)) for cell in line.split("|")]
+        assert row == pytest.approx([params / 1e9, tokens / 1e9, rate, rate / 5, hours, 5 * hours], rel=0.01)
+    assert f"would keep {4096 * counts['1.3b']['hope, chunks of 2048 and 512'] / 1e9:.0f} GB" in " ".join(page.split())
 
 
 def test_saved_bytes_are_what_autograd_keeps():
