@@ -146,7 +146,7 @@ OPTIMIZERS = {
         "Momentum (ours)", partial(_ours, name="Momentum"), _MATRIX, "momentum", (0.7, 0.8, 0.9)
     ),
     "normuon": Entry(
-        "NorMuon's rows: M3 without a slow memory (ours)", partial(_ours, name="M3", alpha=0.0, second_moment="row"),
+        "NorMuon's rows, by M3 (ours)", partial(_ours, name="M3", alpha=0.0, second_moment="row"),
         _MATRIX, "momentum", (0.7, 0.8, 0.9),
     ),
     "preconditioned_momentum": Entry(

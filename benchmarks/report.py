@@ -12,7 +12,7 @@ from .optimizers import OPTIMIZERS, Setting, search_space
 from .training import Trial
 from .trials import Results
 
-TARGETS = ("adamw", "muon")  # whose final mean loss the others are timed to
+TARGETS = ("adamw", "muon", "momentum")  # whose final mean loss the others are timed to; the last two are one algorithm
 
 
 def edges(best: Mapping[str, Setting], task: str) -> list[str]:
@@ -107,7 +107,7 @@ def print_report(document: dict[str, Any], console: Console) -> None:
     table.add_column("optimizer", no_wrap=True)
     table.add_column("setting")
     for heading in (
-        f"after {config['steps']} steps", "steps to reach\nAdamW | Muon", "ms a step\n(to AdamW)",
+        f"after {config['steps']} steps", f"steps to reach\nadamw | {versus}", "ms a step\n(to AdamW)",
         f"in the time of\n{config['steps']} {reference} steps", f"minus {versus}\n(z, unpaired z)",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
@@ -117,7 +117,7 @@ def print_report(document: dict[str, Any], console: Console) -> None:
             OPTIMIZERS[name].title,
             " ".join(f"{key}={value:g}" for key, value in document["best"][name].items()),
             _loss(row),
-            " | ".join("-" if row[f"steps_to_{who}"] is None else f"{row[f'steps_to_{who}']:.0f}" for who in TARGETS),
+            " | ".join(_steps(row.get(f"steps_to_{who}")) for who in ("adamw", versus)),
             f"{times[name]['ms']:.1f} ({times[name]['ratio']:.2f}x)",
             f"{_loss(timed)} @{timed['steps']}" if timed else "-",
             "" if name == versus else _difference(row, document["equal_steps"][versus]),
@@ -131,6 +131,10 @@ def print_report(document: dict[str, Any], console: Console) -> None:
     )
     for warning in document["edges"]:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _steps(steps: float | None) -> str:
+    return "-" if steps is None else f"{steps:.0f}"
 
 
 def _difference(row: dict[str, Any], other: dict[str, Any]) -> str:
