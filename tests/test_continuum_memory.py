@@ -286,3 +286,20 @@ def test_levels_are_stepped_from_outside_at_their_own_periods(optimizer):
             if not torch.equal(old, new):
                 moved[name].append(step)
     assert moved == {"slow": [4, 8], "fast": [2, 4, 6, 8], "rest": list(range(1, 9))}
+
+
+@pytest.mark.parametrize("arrangement", ["sequential", "independent", "nested"])
+def test_gradients_through_its_own_writes_are_those_of_finite_differences(arrangement):
+    """Of tokens and of every weight, over two chunks of the slow level and a rest that is not full."""
+    torch.manual_seed(0)
+    memory = ContinuumMemory(2, (2, 4), hidden_dim=2, arrangement=arrangement, inner_lr=0.5, max_step=0.5).double()
+    names, weights = zip(*memory.named_parameters(), strict=True)
+    inputs = [torch.randn(1, 9, 2), *(weight.detach() + 0.3 * torch.randn_like(weight) for weight in weights)]
+    inputs = [each.double().requires_grad_() for each in inputs]
+
+    def read(x, *weights):
+        return torch.func.functional_call(memory, dict(zip(names, weights, strict=True)), (x,))[0]
+
+    silent = read(inputs[0], *(0 * w if "target" in name else w for name, w in zip(names, inputs[1:], strict=True)))
+    assert not torch.allclose(read(*inputs), silent)  # what is learned shows
+    assert torch.autograd.gradcheck(read, inputs)
