@@ -15,7 +15,13 @@ from benchmarks.report import compare
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BENCHMARKS = {path: json.loads(path.read_text())["benchmark"] for path in sorted(RESULTS.glob("*.json"))}
-UNDRAWN = ("overhead", "throughput", "meta train", "meta test")  # printed as they are measured, or drawn by a part
+UNDRAWN = (
+    "overhead",
+    "throughput",
+    "activations",
+    "meta train",
+    "meta test",
+)  # printed as they are measured, or drawn by a part
 
 
 def test_differences_are_between_runs_of_one_seed():
