@@ -102,7 +102,7 @@ def print_report(document: dict[str, Any], console: Console) -> None:
     """The table, the meaning of its columns, and the warnings."""
     config, times, wall = document["config"], document["step_time"], document["equal_wall"]
     reference = document["wall_reference"]
-    versus = "muon" if "muon" in document["equal_steps"] else reference
+    versus = next((name for name in ("muon", "momentum") if name in document["equal_steps"]), reference)
     table = Table(title=f"{config['task']}: {config['metric']}", title_justify="left")
     table.add_column("optimizer", no_wrap=True)
     table.add_column("setting")
