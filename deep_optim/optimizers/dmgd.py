@@ -71,7 +71,7 @@ class DMGD(MemoryOptimizer):
             directions needs.
         output: "newton_schulz", "adam" or "identity". Under the first two, vectors and scalars are stepped by AdamW;
             under "identity" they have a memory like everything else.
-        ns_steps: Newton-Schulz iterations. One less than Muon's: what the memory answers has a flatter spectrum.
+        ns_steps: Newton-Schulz iterations. One less than Muon's, which was worth nothing where it was measured.
         ns_coefficients: "muon" or "polar_express".
         adamw_betas: AdamW's decay rates, for what is no matrix; the second is also that of `output="adam"`.
         adamw_eps: AdamW's term in the denominator; likewise.
