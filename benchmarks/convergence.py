@@ -184,9 +184,9 @@ def step_times(task: Task, settings: dict[str, Setting], rounds: int) -> dict[st
 
 
 def fitted_steps(step_time: dict[str, dict[str, float]], steps: int, reference: str) -> dict[str, int]:
-    """How many steps of each take as long as `steps` of the reference."""
-    time = steps * step_time[reference]["ms"]
-    return {name: max(1, round(time / numbers["ms"])) for name, numbers in step_time.items()}
+    """How many steps of each take as long as `steps` of the reference, by their ratios in the same rounds."""
+    time = steps * step_time[reference]["ratio"]
+    return {name: max(1, round(time / numbers["ratio"])) for name, numbers in step_time.items()}
 
 
 def training_arm(task: Task, name: str, setting: Setting) -> Callable[[], None]:

@@ -140,6 +140,8 @@ def _steps(steps: float | None) -> str:
 def _difference(row: dict[str, Any], other: dict[str, Any]) -> str:
     """Of final losses at equal steps, over the seeds that both have."""
     seeds = [seed for seed in row["losses"] if seed in other["losses"]]
+    if not seeds:
+        return "-"
     numbers = compare(*([each["losses"][seed] for seed in seeds] for each in (row, other)))
     if numbers["z"] is None:
         return "-"

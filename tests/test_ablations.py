@@ -95,7 +95,7 @@ def test_every_row_of_an_ablation_has_an_entry_and_can_be_asked_for(ablation):
 
 
 def test_ablation_at_equal_wall_time_fits_the_steps(tmp_path, monkeypatch):
-    times = {"muon": {"ms": 30.0}, "m3:M3": {"ms": 15.0}}
+    times = {"muon": {"ratio": 3.0}, "m3:M3": {"ratio": 1.5}}
     asked = []
     monkeypatch.setattr(
         "benchmarks.ablation.step_times", lambda task, settings, rounds: asked.append(settings) or times

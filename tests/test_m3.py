@@ -244,8 +244,9 @@ def test_the_slow_memory_is_orthogonalised_once_a_chunk(options, calls, monkeypa
 def test_spread_over_a_chunk_each_memory_is_read_at_its_own_step(capturable, absent):
     """The k-th of n is read k C / n steps into each chunk, as it is then, whether or not the others have gradients."""
     params, chunk_size, beta, count = make_params([(4, 6)] * 3, torch.float64), 6, 0.7, 11
+    bias = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))  # has no memory and takes no turn
     options = dict(chunk_size=chunk_size, slow_beta=beta, capturable=capturable)
-    optimizer, seen = M3(params, spread=True, **options), gradients(count)
+    optimizer, seen = M3([params[0], bias, *params[1:]], spread=True, **options), gradients(count)
     for grad in seen:
         for param in params:
             param.grad = None if absent and param is params[0] else grad.clone()

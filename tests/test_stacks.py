@@ -39,7 +39,7 @@ APART = {
 
 
 def test_what_these_views_share_is_what_the_test_says() -> None:
-    """By writing: `rows` has an entry every `stride` and every 5, so that it overlaps itself where these meet."""
+    """By the place of every entry."""
     for pairs, shared in ((SHARING, True), (APART, False)):
         for name, views in pairs.items():
             storages = {view.untyped_storage().data_ptr() for view in views}

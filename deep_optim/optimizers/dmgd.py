@@ -93,7 +93,7 @@ class DMGD(MemoryOptimizer):
     Raises:
         ValueError: for a value out of range, in the constructor or in any group.
         RuntimeError: for `differentiable`, for `fused` with `foreach`, for complex parameters or sparse gradients,
-            and at a step, before anything is stepped, for parameters that `backend="triton"` cannot take for another
+            and at a step, before anything is stepped, for parameters that `backend="triton"` cannot take, for another
             `hidden_dim` than the memories have and, under `nonfinite="raise"`, for a gradient that is not finite.
 
     Example:

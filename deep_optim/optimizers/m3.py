@@ -206,13 +206,15 @@ class M3(MemoryOptimizer):
     def _begin_chunks(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Where a chunk begins, keep what the slow memory answers, and let the memory fade."""
         on_device = torch.compiler.is_compiling() or group["capturable"]
-        late = dict.fromkeys(params, 0)
+        late, chunk_size = dict.fromkeys(params, 0), group["chunk_size"]
         if group["spread"] and group["mix"] == "post":
-            late = {param: i * group["chunk_size"] // len(group["params"]) for i, param in enumerate(group["params"])}
+            matrices = [param for param in group["params"] if has_memory(param, group)]
+            late = {param: k * chunk_size // len(matrices) for k, param in enumerate(matrices)}
+        steps = {param: self.state[param]["step"] for param in params}  # before this one
+        counts = steps if on_device else {param: step.item() for param, step in steps.items()}
 
-        def due(param: Tensor, late: int = 0) -> Any:  # a bool, or a tensor of one
-            step = self.state[param]["step"]  # of the step before this one
-            return ((step if on_device else step.item()) - late) % group["chunk_size"] == 0
+        def due(param: Tensor, after: int = 0) -> Any:  # a bool, or a tensor of one
+            return (counts[param] - after) % chunk_size == 0
 
         read = [param for param in params if on_device or due(param, late[param])]
         fade = [param for param in params if on_device or due(param)]
