@@ -63,7 +63,8 @@ def draw_convergence(document: Mapping[str, Any], trials: Mapping[Trial, dict[st
         steps_axis.set(xlabel="step", ylabel=config["metric"], title=f"equal steps ({config['steps']})")
         if document["equal_wall"]:
             wall_axis = next(panel)
-            scale = {name: document["step_time"][name]["ms"] / 1e3 for name in names}
+            times, clock = document["step_time"], document["step_time"]["adamw"]["ms"] / 1e3
+            scale = {name: clock * times[name]["ratio"] for name in names}
             _curves(wall_axis, document, trials, "equal_wall", scale=scale)
             wall_axis.set(xlabel="seconds of training", title="equal wall time")
             limits = [axis.get_ylim() for axis in (steps_axis, wall_axis)]
