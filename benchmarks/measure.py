@@ -106,11 +106,11 @@ def waiting(arm: Callable[[], object], device: str) -> Callable[[], None]:
 def machine() -> dict[str, Any]:
     """The processors and their load; no name of the host."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    native = working_dtype(torch.empty(1)) == torch.bfloat16  # else the CPU's matrices are in float32
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return gpu | {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "multiplies_bfloat16": working_dtype(torch.empty(1))
-        == torch.bfloat16,  # natively, else matrices are in float32
+        "multiplies_bfloat16": native,
         "cores": os.cpu_count(),
         "threads_per_process": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,

@@ -251,10 +251,8 @@ def _table(shape: str, result: dict[str, Any], ceilings: dict[str, float]) -> Ta
         table.add_column(heading, justify="left" if heading == "optimizer" else "right", no_wrap=True)
     for arm, numbers in result["arms"].items():
         quartiles = f"[{numbers['ratio_q1']:.2f}, {numbers['ratio_q3']:.2f}]"
-        per_ms = (
-            result["parameters"] / numbers["device_ms" if on_gpu else "ms"] / 1e6
-        )  # billions of parameters a second
-        last = [_rate(numbers["flops_per_parameter"] * per_ms, ceilings["gflops"])]
+        billions = result["parameters"] / numbers["device_ms" if on_gpu else "ms"] / 1e6  # of parameters a second
+        last = [_rate(numbers["flops_per_parameter"] * billions, ceilings["gflops"])]
         if on_gpu:  # where counting FLOPs misses the kernels
             busy = numbers["device_ms"], numbers["device_ms"] / result["arms"]["adamw"]["device_ms"], numbers["host_ms"]
             replayed = f"{numbers['replay_ms']:.3f}" if "replay_ms" in numbers else ""
@@ -266,7 +264,7 @@ def _table(shape: str, result: dict[str, Any], ceilings: dict[str, float]) -> Ta
             quartiles,
             f"{numbers['state_bytes_per_parameter']:.2f}",
             f"{numbers['transient_bytes_per_parameter']:.2f}",
-            _rate(numbers["traffic_bytes_per_parameter"] * per_ms, ceilings["gbytes"]),
+            _rate(numbers["traffic_bytes_per_parameter"] * billions, ceilings["gbytes"]),
             *last,
         )
     return table
