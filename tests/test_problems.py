@@ -45,6 +45,23 @@ def test_regular_languages(name):
         assert name == "parity" or word == [t % 2 if name == "(abab)*" else 0 for t in range(len(word))]
 
 
+def test_long_parity_is_parity_at_one_length_a_test():
+    for length in (20, 40, 160):
+        _, tokens, after = drawn("long parity", str(length))
+        assert tokens.shape == (8, length) and torch.equal(after, tokens.cumsum(1) % 2)
+
+
+def test_s3_answers_the_product_of_permutation_matrices():
+    matrices = torch.eye(3)[torch.tensor(languages.S3)]  # P [i, j] = 1 where place i takes what stood in place j
+    _, tokens, after = drawn("s3", "outside")
+    for symbols, expected in zip(tokens, after, strict=True):
+        product = torch.eye(3)
+        for symbol, answer in zip(symbols, expected[expected != IGNORE], strict=False):
+            product = matrices[symbol] @ product
+            assert torch.equal(matrices[answer], product)
+    assert set(tokens.flatten().tolist()) == set(range(6))
+
+
 @pytest.mark.parametrize(("name", "letters"), [("anbn", 2), ("anbncn", 3)])
 def test_counter_languages_answer_what_may_follow(name, letters):
     """The set that an answer stands for, from the language: all w such that prefix w … is in it."""
