@@ -59,6 +59,11 @@ class Entry:
     package: str | None = None
     inputs: bool = False
 
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or find_spec(self.package) is not None
+
     def lrs(self, task: str) -> list[float]:
         """The learning rates searched on `task`."""
         return [self.lowest_lr[task] * factor for factor in LR_STEPS]
@@ -217,7 +222,7 @@ def find(name: str) -> Entry:
 
 def available() -> list[str]:
     """The optimizers whose package is installed."""
-    return [name for name, entry in OPTIMIZERS.items() if entry.package is None or find_spec(entry.package)]
+    return [name for name, entry in OPTIMIZERS.items() if entry.installed]
 
 
 def build(name: str, task: Task, model: nn.Module, setting: Setting, *, warmup: int) -> list[Optimizer]:

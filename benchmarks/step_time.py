@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from .measure import (
     versions,
     waiting,
 )
-from .optimizers import OPTIMIZERS, Entry, Setting, available
+from .optimizers import OPTIMIZERS, Entry, Setting
 from .timed_shapes import SHAPES
 from .timing_plots import OTHERS, draw_step_time
 
@@ -120,10 +119,7 @@ def main(arguments: list[str]) -> int:
 
 def timed() -> list[str]:
     """All that are installed and step by gradients alone: here are no layers that run."""
-    foreign = [
-        name for name, entry in ENTRIES.items() if name not in OPTIMIZERS and find_spec(entry.package or "torch")
-    ]
-    return [name for name in available() if not OPTIMIZERS[name].inputs] + foreign
+    return [name for name, entry in ENTRIES.items() if entry.installed and not entry.inputs]
 
 
 def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:

@@ -223,9 +223,9 @@ def test_is_as_large_as_a_feed_forward_layer_by_default(chunk_sizes):
     [
         ({"chunk_sizes": ()}, "chunk_sizes"),
         ({"chunk_sizes": 16}, "chunk_sizes"),
-        ({"chunk_sizes": (0,)}, "Invalid chunk size: 0"),
-        ({"chunk_sizes": (2.0,)}, "Invalid chunk size: 2.0"),
-        ({"chunk_sizes": (True,)}, "Invalid chunk size: True"),
+        ({"chunk_sizes": (0,)}, "Invalid chunk_sizes: 0"),
+        ({"chunk_sizes": (2.0,)}, "Invalid chunk_sizes: 2.0"),
+        ({"chunk_sizes": (True,)}, "Invalid chunk_sizes: True"),
         ({"chunk_sizes": (6, 4)}, "4 does not divide 6"),
         ({"chunk_sizes": (4, 2), "inner_lr": (1.0,)}, "1 inner learning rates for 2 levels"),
         ({"inner_lr": -1.0}, "Invalid inner_lr"),

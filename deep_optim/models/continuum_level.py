@@ -199,7 +199,7 @@ def check_chunk_sizes(chunk_sizes: Sequence[int]) -> None:
     if not isinstance(chunk_sizes, Sequence) or not chunk_sizes:
         raise ValueError(f"Invalid chunk_sizes: {chunk_sizes!r}, expected one number for each level")
     for size in chunk_sizes:
-        check_sizes(**{"chunk size": size})
+        check_sizes(chunk_sizes=size)
     ordered = sorted(chunk_sizes)
     for fast, slow in itertools.pairwise(ordered):
         if slow % fast:
