@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -45,7 +46,7 @@ def summarize(seconds: Mapping[str, list[float]], reference: str) -> dict[str, d
     summary = {}
     for name, own in seconds.items():
         ratios = [a / b for a, b in zip(own, seconds[reference], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
         summary[name] = {
             "ms": 1e3 * statistics.median(own),
             "min_ms": 1e3 * min(own),

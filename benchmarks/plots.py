@@ -56,7 +56,7 @@ def draw_convergence(document: Mapping[str, Any], trials: Mapping[Trial, dict[st
     searched = config["tuned_here"]
     panels = 1 + bool(document["equal_wall"]) + searched
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.6), squeeze=False)
+        figure, axes = plt.subplots(1, panels, figsize=(max(4.6 * panels, 6.4), 4.6), squeeze=False)
         panel = iter(axes[0])
         steps_axis = next(panel)
         _curves(steps_axis, document, trials, "equal_steps", scale=dict.fromkeys(names, 1.0))

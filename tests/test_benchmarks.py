@@ -147,6 +147,14 @@ def test_paired_rounds_call_every_arm_once_per_round():
     assert summarize(seconds, "a")["a"]["ratio"] == 1.0
 
 
+def test_quartiles_of_ratios_need_no_more_than_one_round():
+    times = {"a": [1.0, 2.0, 1.0, 4.0, 1.0], "b": [2.0, 2.0, 3.0, 16.0, 5.0]}  # ratios 2, 1, 3, 4, 5
+    row = summarize(times, "a")["b"]
+    assert (row["ratio_q1"], row["ratio"], row["ratio_q3"], row["ms"]) == (2.0, 3.0, 4.0, 3000.0)
+    row = summarize({name: seconds[:1] for name, seconds in times.items()}, "a")["b"]
+    assert row["ratio_q1"] == row["ratio"] == row["ratio_q3"] == 2.0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
