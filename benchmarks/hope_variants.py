@@ -2,6 +2,7 @@
 
 − DGD               D ← a D + b v̂ kᵀ, which adds and erases nothing (a dot product as objective in place of L2)
 − weight decay      a = 1, and a retention of 1 in the levels: nothing is lost but what is overwritten
+− reflections       b in (0, 1), in place of (0, 2): a write goes to the value at most, not beyond it
 − CMS               a Transformer's MLP in place of the levels
 − inner k, − inner v, − inner rates, − inner projections     that projection is static; the last, all of them
 + gain of 1         projections start with all of what their memories hold, as in the paper, in place of a hundredth
@@ -42,6 +43,14 @@ class Keeping(SelfModifyingTitans):
     def _project(self, *arguments: Any) -> tuple[Tensor, ...]:
         query, key, value, log_decay, rate = super()._project(*arguments)
         return query, key, value, 0 * log_decay, rate
+
+
+class Approaching(SelfModifyingTitans):
+    """Writes that replace at most."""
+
+    def _project(self, *arguments: Any) -> tuple[Tensor, ...]:
+        query, key, value, log_decay, rate = super()._project(*arguments)
+        return query, key, value, log_decay, rate / 2
 
 
 def hope(**options: Any) -> Build:
@@ -110,6 +119,7 @@ VARIANTS: dict[str, Build] = {
     "hope (whole)": hope(),
     "hope - DGD": hope_of(Adding),
     "hope - weight decay": hope_of(Keeping, retention=1.0),
+    "hope - reflections": hope_of(Approaching),
     "hope - CMS": hope(chunk_sizes=(1,), inner_lr=0.0),
     "hope - inner k": hope(adapt=_static("key")),
     "hope - inner v": hope(adapt=_static("value")),

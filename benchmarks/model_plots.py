@@ -11,7 +11,11 @@ from .plots import STYLE
 from .sequence_models import MODELS
 
 _COLORS = dict(
-    zip(MODELS, ("#999999", "#ccbb44", "#ee6677", "#aa3377", "#228833", "#66ccee", "#4477aa", "#332288"), strict=True)
+    zip(
+        MODELS,
+        ("#999999", "#ccbb44", "#ee6677", "#aa3377", "#cc99bb", "#228833", "#66ccee", "#4477aa", "#332288"),
+        strict=True,
+    )
 )
 
 

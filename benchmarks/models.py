@@ -8,6 +8,7 @@
 
 import argparse
 import statistics
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line over preset."""
     parser = argparse.ArgumentParser("python -m benchmarks models", description=__doc__.splitlines()[0])
     every = [name for names in SUITES.values() for name in names]
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: an hour or two on two cores")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: hours for all of a suite on two cores")
     parser.add_argument(
         "--task", default="languages", help=f"comma-separated: {', '.join({**SUITES, **dict.fromkeys(every)})}"
     )
@@ -74,12 +75,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, results: Results, console: Console) -> None:
     """Fill `results`. Models run in the order given: the slowest first leave no worker idle at the end."""
-    results.document |= {
-        "benchmark": "models", "machine": machine(), "versions": versions(),
-        "config": {
-            key: getattr(args, key) for key in ("preset", "dim", "layers", "steps", "batch", "lrs", "seeds", "device")
-        },
-    }  # fmt: skip
+    config = {key: getattr(args, key) for key in ("preset", "dim", "layers", "batch", "seeds", "device")}
+    for key, value in results.document.get("config", {}).items():  # steps and rates may differ, and stand in each row
+        if key in config and config[key] != value:
+            sys.exit(f"{results.path} has runs with {key}={value}, not {config[key]}; write to another --output")
+    results.document |= {"benchmark": "models", "machine": machine(), "versions": versions(), "config": config}
     problems: dict[str, Any] = results.document.setdefault("problems", {})
     console.print(f"{', '.join(args.problems)}: {', '.join(args.models)}; {args.steps} steps, seeds {args.seeds}")
 

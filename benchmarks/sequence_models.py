@@ -31,6 +31,8 @@ CONV = 4
 class Recurrent(nn.Module):
     """A mixer with a matrix M [d, d] of state per head: projections, a short convolution, `answers`, a norm, a gate."""
 
+    strongest = 1.0  # write, b in (0, strongest)
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -43,7 +45,7 @@ class Recurrent(nn.Module):
         mixed, gate = self.projection(x).tensor_split([3 * x.shape[-1]], -1)
         mixed = F.silu(self.conv(mixed.mT)[..., : x.shape[1]].mT)
         query, key, value = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in mixed.chunk(3, -1))
-        rate = self.rate(x).sigmoid().mT  # [B, H, T]
+        rate = self.strongest * self.rate(x).sigmoid().mT  # [B, H, T]
         answer = self.norm(self.answers(F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, rate))
         return self.out(answer.transpose(1, 2).flatten(2) * F.silu(gate)), {}
 
@@ -65,6 +67,12 @@ class DeltaNet(Recurrent):
         width = query.shape[-1]
         empty = query.new_zeros(*query.shape[:2], width, width)
         return gated_delta_rule(query, key, value, torch.zeros_like(rate), rate, empty, chunk_size=32)[0]
+
+
+class ReflectingDeltaNet(DeltaNet):
+    """The same with b in (0, 2), where I − b k kᵀ has negative eigenvalues (Grazzi et al., arXiv:2411.12537)."""
+
+    strongest = 2.0
 
 
 class LSTM(nn.Module):
@@ -93,6 +101,7 @@ MODELS: dict[str, Build] = {
     "lstm": LSTM,
     "linear attention": lambda v, d, n: mixed(v, d, n, lambda: LinearAttention(d, 4)),
     "deltanet": lambda v, d, n: mixed(v, d, n, lambda: DeltaNet(d, 4)),
+    "reflecting deltanet": lambda v, d, n: mixed(v, d, n, lambda: ReflectingDeltaNet(d, 4)),
     "titans": lambda v, d, n: mixed(v, d, n, lambda: SelfModifyingTitans(d, 4)),  # Hope without its levels
     "hope-attention": lambda v, d, n: HopeAttention(v, d, n, heads=4),
     "hope": lambda v, d, n: Hope(v, d, n, heads=4),

@@ -50,6 +50,20 @@ def test_the_state_does_not_grow():
     assert len(sizes) == 1
 
 
+def test_options_reach_the_layers_of_hope_attention():
+    levels = dict(chunk_sizes=(6, 3), hidden_dim=7, arrangement="nested", retention=0.9, max_step=0.3)
+    model = HopeAttention(13, 16, 2, heads=2, **levels, inner_lr=(0.5, 2.0), dropout=0.1)
+    for block in model.blocks:
+        memory = block.memory
+        assert block.mixer.heads == 2
+        assert memory.arrangement == "nested" and memory.levels[0].block.up.weight.shape == (7, 16)
+        assert [(lv.chunk_size, lv.inner_lr, lv.retention, lv.max_step) for lv in memory.levels] == [
+            (6, 0.5, 0.9, 0.3),
+            (3, 2.0, 0.9, 0.3),
+        ]
+        assert block.dropout.p == memory.dropout.p == 0.1
+
+
 @pytest.mark.parametrize("cls", [Hope, HopeAttention])
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_have_the_papers_sizes_and_the_transformers(cls, size):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks.hope_variants import ADAPT, VARIANTS, Adding, Keeping
+from benchmarks.hope_variants import ADAPT, VARIANTS, Adding, Approaching, Keeping
 from benchmarks.sequence_models import MODELS
 from deep_optim.models import SelfModifyingTitans
 
@@ -81,6 +81,18 @@ def test_keeping_loses_nothing_that_is_not_overwritten(layer, kept):
         layer.rates.bias[:2] = -1e4  # b = 0: nothing is written, nothing erased
     after = layer(torch.randn(1, 40, 8), state)[1]["stack"]["change"]
     assert torch.allclose(after, state["stack"]["change"], rtol=1e-5) == kept
+
+
+@pytest.mark.parametrize(("layer", "most"), [(Approaching, 1.0), (SelfModifyingTitans, 2.0)])
+def test_a_write_without_reflections_replaces_at_most(layer, most):
+    """One key, of length 1, again and again: what it reads is brought to the value, or beyond it and back."""
+    layer = layer(4, 1, adapt=())
+    with torch.no_grad():
+        layer.rates.bias.fill_(1e4)  # the strongest writes, and nothing is lost
+    key, value = torch.eye(4)[:1, None, None], torch.randn(1, 1, 1, 4)
+    one = torch.zeros(1, 1, 1, 1) + 1e4
+    *_, rate = layer._project((key, key, value, one, one), layer._initial())
+    torch.testing.assert_close(rate, torch.full((1, 1, 1), most))
 
 
 def test_without_levels_nothing_but_the_titans_learns_in_context():

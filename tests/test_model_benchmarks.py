@@ -13,10 +13,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import activations, throughput
+from benchmarks import activations, lesson, models, throughput
 from benchmarks.lesson import Lesson, accuracy
 from benchmarks.problems import IGNORE, make_problem
-from benchmarks.sequence_models import EVERY, DeltaNet, LinearAttention
+from benchmarks.sequence_models import EVERY, DeltaNet, LinearAttention, ReflectingDeltaNet
+from benchmarks.trials import Results
 from deep_optim.models import Hope, Transformer
 
 TINY = ["--steps", "3", "--dim", "16", "--layers", "1", "--batch", "4", "--lrs", "1e-3,2e-3", "--seeds", "1,2"]
@@ -50,6 +51,49 @@ def test_baseline_mixers_against_their_recurrence(mixer):
         expected.append((memory @ q)[..., 0])
     answers = mixer(8, 2).double().answers(query, key, value, rate)
     torch.testing.assert_close(answers, torch.stack(expected, 2))
+
+
+def test_strengths_of_the_baselines_end_where_their_names_say():
+    """DeltaNet's at 1, where a write replaces; the other's at 2, where it reflects. Keys have length 1 for both."""
+    seen = {}
+
+    def watch(mixer):
+        def answers(query, key, value, rate, own=mixer.answers):
+            seen[type(mixer)] = rate, key
+            return own(query, key, value, rate)
+
+        mixer.answers = answers
+
+    for cls, most in ((LinearAttention, 1.0), (DeltaNet, 1.0), (ReflectingDeltaNet, 2.0)):
+        torch.manual_seed(0)
+        mixer = cls(8, 2)
+        watch(mixer)
+        mixer(100 * torch.randn(2, 30, 8))
+        rate, key = seen[cls]
+        assert 0 <= rate.min() < 0.1 * most and 0.9 * most < rate.max() <= most
+        torch.testing.assert_close(key.norm(dim=-1), torch.ones(2, 2, 30))
+
+
+def test_the_better_rate_is_that_with_more_right_answers_as_long_as_in_training():
+    lessons = [Lesson("rebinding", "lstm", 16, 1, lr, 0, 4, 4) for lr in (1e-3, 2e-3, 4e-3)]
+    made = Results(Path("nowhere"), resume=False, kind=Lesson)
+    made.trials = {
+        lessons[0]: {"diverged": False, "loss": 0.2, "scores": {"24 pairs": 0.5, "48 pairs": 0.9}},
+        lessons[1]: {"diverged": False, "loss": 0.1, "scores": {"24 pairs": 0.5, "48 pairs": 0.1}},
+        lessons[2]: {"diverged": True, "loss": None, "scores": {}},
+    }
+    assert models._best(lessons, made) == 2e-3
+    made.trials[lessons[0]]["scores"]["24 pairs"] = 0.6
+    assert models._best(lessons, made) == 1e-3
+
+
+def test_the_strings_of_the_test_are_not_those_of_training():
+    problem = make_problem("rebinding")
+    rows = [
+        {tuple(row) for row in problem.draw(torch.Generator().manual_seed(seed), 512, *problem.train)[0].tolist()}
+        for seed in (lesson.TEST_SEED, 0, 1, 2, 3)
+    ]
+    assert not rows[0] & set().union(*rows[1:])
 
 
 def test_accuracy_counts_strings_whole_and_answers_one_by_one():
@@ -99,6 +143,9 @@ def test_models_tunes_scores_draws_and_resumes(tmp_path):
     assert command.main([*arguments, "--resume", "--task", "parity"]) == 0
     resumed = json.loads(file.read_text())
     assert {json.dumps(each["trial"]): each["result"] for each in resumed["trials"]} == stamp  # nothing was run again
+    assert resumed["config"] == document["config"] and not {"steps", "lrs"} & set(resumed["config"])
+    with pytest.raises(SystemExit, match=r"models\.json has runs with dim=16, not 32; write to another --output"):
+        command.main([*arguments, "--resume", "--dim", "32"])
 
 
 def test_an_unknown_model_or_problem_is_refused(capsys):

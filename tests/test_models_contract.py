@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from deep_optim.models import SelfModifyingTitans, detach
+from deep_optim.models import Hope, SelfModifyingTitans, detach
 from deep_optim.models.continuum_level import ContinuumLevel
 from model_cases import VOCAB, ModelCase, every_model, leaves, make_tokens
 
@@ -118,9 +118,12 @@ def test_evaluation_is_training_but_for_dropout(case: ModelCase):
     (trained, state), (evaluated, other) = model.train()(tokens), model.eval()(tokens)
     torch.testing.assert_close(trained, evaluated, rtol=0, atol=0)
     assert_same_state(state, other, rtol=0, atol=0)
-    model = case.make(dropout=0.5)
-    torch.testing.assert_close(model.eval()(tokens)[0], evaluated, rtol=0, atol=0)
-    assert not torch.equal(model.train()(tokens)[0], model(tokens)[0])
+    for dropped, whole in (("mixer", "memory"), ("memory", "mixer")):  # each by itself
+        model = case.make(dropout=0.5)
+        torch.testing.assert_close(model.eval()(tokens)[0], evaluated, rtol=0, atol=0)
+        for block in model.blocks:
+            {"mixer": block, "memory": block.memory}[whole].dropout.p = 0.0
+        assert not torch.equal(model.train()(tokens)[0], model(tokens)[0]), dropped
 
 
 @every_model()
@@ -148,6 +151,12 @@ def test_sixteen_thousand_random_tokens_leave_everything_finite(case: ModelCase)
     logits, state = of_long_chunks(case, 128, heads=1)(make_tokens(1, 16_384))
     assert logits.isfinite().all()
     assert [name for name, leaf in leaves(state).items() if not leaf.isfinite().all()] == []
+
+
+@torch.no_grad()
+def test_sixteen_thousand_random_tokens_leave_everything_finite_in_chunks_of_the_default_sizes():
+    logits, state = Hope(VOCAB, 8, 1, heads=1)(make_tokens(1, 16_384))
+    assert all(leaf.isfinite().all() for leaf in (logits, *leaves(state).values()))
 
 
 @every_model()
@@ -189,6 +198,14 @@ def test_the_state_belongs_to_the_caller(case: ModelCase):
     torch.testing.assert_close(model(tokens)[0], logits, rtol=0, atol=0)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=0, atol=0)
+
+
+@every_model()
+def test_the_state_is_as_large_as_what_it_says(case: ModelCase):
+    """No tensor of it is a view that holds on to the sequence it came from."""
+    _, state = case.make()(make_tokens(2, 101))
+    for name, leaf in leaves(detach(state)).items():
+        assert leaf.untyped_storage().nbytes() == leaf.nbytes, name
 
 
 @every_model()

@@ -163,6 +163,11 @@ def test_the_chunk_sizes_repeat_over_the_layers():
     assert [(level.chunk_size, level.inner_lr) for level in levels] == [(4, 1.0), (2, 0.5), (4, 1.0)]
 
 
+def test_options_reach_the_levels():
+    continuum = ContinuumMemory.from_pretrained_mlps(make_decoder(), (4,), name="ff", retention=0.5, max_step=0.3)
+    assert {(layer.ff.level.retention, layer.ff.level.max_step) for layer in continuum.model.layers} == {(0.5, 0.3)}
+
+
 def test_new_layers_are_where_the_old_ones_are():
     model = make_decoder().to(torch.bfloat16)
     continuum = ContinuumMemory.from_pretrained_mlps(model, (4,), name="ff")
@@ -199,3 +204,43 @@ def test_what_cannot_be_done_is_refused_in_words_and_leaves_the_model_alone():
         continuum(x, state={})
     with pytest.raises(ValueError, match="samples"):
         continuum(x[:1], state=state)
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (nn.Identity(), r"layers\.1\.ff has no parameters"),
+        (nn.ModuleDict({"ff": nn.Linear(8, 8)}), r"layers\.1\.ff\.ff is a part of layers\.1\.ff"),
+        (None, r"layers\.0\.ff and layers\.1\.ff are one module"),
+    ],
+)
+def test_places_that_can_hold_no_level_are_refused_before_any_is_made(layer, message):
+    model = make_decoder()
+    model.layers[1].ff = model.layers[0].ff if layer is None else layer
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        ContinuumMemory.from_pretrained_mlps(model, (4,), name="ff")
+    assert dict(model.named_modules()) == before
+
+
+def test_an_mlp_that_is_called_twice_or_not_at_all_would_break_the_stream_and_is_refused():
+    model, x = make_decoder(), make_inputs()
+    continuum = make_continuum(model, name="ff")
+    expected, state = continuum(x)
+    layers = model.layers
+    for broken, message in (
+        ([layers[0], *layers], r"layers\.0\.ff was called twice"),
+        (layers[:2], r"did not call layers\.2\.ff"),
+    ):
+        model.layers = broken if isinstance(broken, nn.ModuleList) else nn.ModuleList(broken)
+        with pytest.raises(RuntimeError, match=message):
+            continuum(x, state=state)
+    model.layers = layers
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)  # nothing is left of the calls that failed
+
+
+def test_inputs_that_are_no_sequences_are_refused_in_words():
+    model = make_decoder()
+    continuum = ContinuumMemory.from_pretrained_mlps(model, (4,), name="ff")
+    with pytest.raises(ValueError, match=r"expected x of shape \[B, T, 8\], got \[26, 8\]"):
+        continuum(make_inputs().flatten(0, 1))

@@ -68,6 +68,25 @@ def test_scores_depend_on_distance_alone():
     assert (far - near).abs().max() > 0.1
 
 
+def test_positions_are_exact_where_features_are_not():
+    """In bfloat16 the angle of position 1,001 would be that of 1,000."""
+    layer, x = Attention(8, 2), torch.randn(1, 2, 1, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rotated, exact = layer._rotate(x, 1001), layer._rotate(x.double(), 1001)
+    assert rotated.dtype == torch.bfloat16
+    torch.testing.assert_close(rotated.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_what_adds_to_the_residual_stream_starts_smaller_by_the_root_of_its_terms():
+    """Two a block: as in GPT-2."""
+    torch.manual_seed(0)
+    shallow, deep = Transformer(13, 64, 1), Transformer(13, 64, 8)
+    for name in ("mixer.out.weight", "memory.levels.0.block.down.weight"):
+        one, many = (model.blocks[0].get_parameter(name).std().item() for model in (shallow, deep))
+        assert one / many == pytest.approx(8**0.5, rel=0.05), name
+    one, many = (model.blocks[0].mixer.query.weight.std().item() for model in (shallow, deep))
+    assert one == pytest.approx(many, rel=0.05)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_have_the_papers_sizes(size):
     """Within a tenth: 340M counts 302M in the blocks, and twice 33M for 32,000 tokens."""

@@ -12,7 +12,7 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """Return y [B, T, D] and the tail for the tokens that follow."""
     padded = torch.cat([tail, x], 1)
-    tail = padded[:, x.shape[1] :]
+    tail = padded[:, x.shape[1] :].clone()  # a view would keep the whole sequence alive
     if not x.shape[1]:
         return x, tail
     return F.conv1d(padded.mT, weight[:, None], groups=len(weight)).mT, tail

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .sizes import check_sizes
+from .sizes import check_sizes, check_tokens
 from .state import State, check_state, size_of, state_dtype
 
 Weights = dict[str, Tensor]
@@ -90,7 +90,12 @@ class ContinuumLevel(nn.Module):
             state: what the last call returned; None begins.
             write: whether to learn; without, the state comes back as it was.
             elapsed: tokens since the last restart, where there is one.
+
+        Raises:
+            ValueError: if the level learns and `x` is not [B, T, D], or `state` is another level's or batch's.
         """
+        if self.inner_lr:
+            check_tokens(x, self.dim)
         if state is not None:
             self.check(state, x)
         if not self.inner_lr:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .continuum_level import ContinuumLevel, check_chunk_sizes, check_learning, level_rates
 from .mlp import MLP
 from .pretrained import PretrainedContinuum
-from .sizes import check_sizes
+from .sizes import check_sizes, check_tokens
 from .state import State, check_names, size_of
 
 Arrangement = Literal["sequential", "independent", "nested"]
@@ -55,8 +55,8 @@ class ContinuumMemory(nn.Module):
     per sample and level, and training keeps a few times as many for every chunk.
 
     Raises:
-        ValueError: for chunk sizes that do not divide, numbers out of range, or a state that is not of this layer and
-            batch.
+        ValueError: for chunk sizes that do not divide, numbers out of range, an x that is not [B, T, D], or a state
+            that is not of this layer and batch.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ContinuumMemory(nn.Module):
         if hidden_dim is None:
             hidden_dim = hidden_dim_for(8 * dim**2, dim, rates, len(chunk_sizes))
         nested = arrangement == "nested"
-        self.arrangement, self.chunk_sizes = arrangement, tuple(chunk_sizes)
+        self.dim, self.arrangement, self.chunk_sizes = dim, arrangement, tuple(chunk_sizes)
         self.slower = {  # level to the level whose chunk is its context
             str(level): str(chunk_sizes.index(slow))
             for level, size in enumerate(chunk_sizes)
@@ -111,6 +111,7 @@ class ContinuumMemory(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None, *, write: bool = True) -> tuple[Tensor, State]:
         """Answer x [B, T, D] and learn from it; see the class docstring."""
+        check_tokens(x, self.dim)
         names = [str(level) for level in range(len(self.levels))]
         if state is not None:
             check_names(state, names)

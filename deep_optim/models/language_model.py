@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         """Continue a prompt, one token at a time and in constant memory but for what attention keeps.
 
         The model's memories go on learning while it reads and writes. The last new token has not been read: it begins
-        the next call.
+        the next call. Where there is dropout, call `eval()` first.
 
         Args:
             tokens: [B, T] int64, at least one.
@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
                 x, new = self.features(drawn[-1], new)
             logits = self.head(x[:, -1])  # [B, V]
             if temperature:
-                drawn.append(torch.multinomial((logits / temperature).float().softmax(-1), 1, generator=generator))
+                drawn.append(torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
             else:
                 drawn.append(logits.argmax(-1, keepdim=True))
         return torch.cat(drawn, 1) if drawn else tokens[:, :0], new

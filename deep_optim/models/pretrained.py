@@ -85,6 +85,10 @@ class InContextMLP(nn.Module):
         run = _run.get()
         if run is None:
             return self.level(x)[0]
+        if self.name in run.after:
+            raise RuntimeError(
+                f"{self.name} was called twice in one call of the model; a level reads one stream of tokens"
+            )
         before = None if run.before is None else run.before[self.name]
         y, run.after[self.name] = self.level(x, before, write=run.write)
         return y
@@ -97,8 +101,9 @@ class PretrainedContinuum(nn.Module):
     the decoders of Hugging Face's transformers. The model is changed: each such child now holds the MLP as
     `level.block.module`. Its other arguments and results, caches too, pass through as they are.
 
-    A token of padding is a token to the levels. A model that checkpoints activations must begin anew at every call
-    (`state=None`). The state of a level has the size of its MLP, for every sample.
+    A token of padding is a token to the levels. A model that checkpoints activations computes them again after
+    the call, from the beginning and writing: leave `state` and `write` at their defaults then. The state of a level has
+    the size of its MLP, for every sample.
 
     Args:
         model: a trained model.
@@ -108,8 +113,8 @@ class PretrainedContinuum(nn.Module):
         inner_lr, retention, max_step: of `ContinuumMemory`; rates belong to chunk sizes.
 
     Raises:
-        ValueError: if no child has the name, `dim` cannot be found, or a number is out of range; the model is
-            unchanged.
+        ValueError: if no child has the name; one of them has no parameters, is part of another, or stands in two
+            places; `dim` cannot be found; or a number is out of range. The model is unchanged.
     """
 
     def __init__(
@@ -127,11 +132,9 @@ class PretrainedContinuum(nn.Module):
         check_chunk_sizes(chunk_sizes)
         rates = level_rates(inner_lr, len(chunk_sizes))
         check_learning(retention, max_step)
-        places = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == name]
-        if not places:
-            raise ValueError(f"the model has no module called {name!r}; pass the name of its MLPs as name=")
         if any(isinstance(module, InContextMLP) for module in model.modules()):
             raise ValueError("the model's MLPs are levels already")
+        places = _places(model, name)
         if dim is None:
             dim = _width(model, model.get_submodule(places[0]))
         check_sizes(dim=dim)
@@ -163,15 +166,40 @@ class PretrainedContinuum(nn.Module):
 
         Returns:
             What the model returns, and the state of its MLPs, a plain dict of dicts under their names.
+
+        Raises:
+            ValueError: if `state` is another model's or batch's.
+            RuntimeError: if the model calls an MLP twice, or not at all.
         """
         if state is not None:
             check_names(state, self.places)
         run = _Run(state, {}, write)
         token = _run.set(run)
         try:
-            return self.model(*args, **kwargs), run.after
+            output = self.model(*args, **kwargs)
         finally:
             _run.reset(token)
+        if unreached := [name for name in self.places if name not in run.after]:
+            raise RuntimeError(f"the model did not call {unreached[0]}, which would miss these tokens for good")
+        return output, run.after
+
+
+def _places(model: nn.Module, name: str) -> list[str]:
+    """Return the paths of the children called `name`, each a module of its own with parameters."""
+    found: dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path.rpartition(".")[2] != name:
+            continue
+        if module in found:
+            raise ValueError(f"{found[module]} and {path} are one module, and a level has one place in the chain")
+        if next(module.parameters(), None) is None:
+            raise ValueError(f"{path} has no parameters: there is nothing that a level could write")
+        if outer := next((other for other in found.values() if path.startswith(f"{other}.")), None):
+            raise ValueError(f"{path} is a part of {outer}, and both are called {name!r}")
+        found[module] = path
+    if not found:
+        raise ValueError(f"the model has no module called {name!r}; pass the name of its MLPs as name=")
+    return list(found.values())
 
 
 def _width(model: nn.Module, mlp: nn.Module) -> int:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..ops.gated_delta_rule import gated_delta_rule
 from ..ops.gated_mlp_memory import gated_mlp_memory, read_residual_mlp, soft_cap
 from .causal_conv import causal_conv
-from .sizes import check_sizes
+from .sizes import check_sizes, check_tokens
 from .state import State, check_state, pieces, state_dtype
 
 _CONV_WIDTH = 4  # the paper's
@@ -136,8 +136,7 @@ class SelfModifyingTitans(nn.Module):
         Raises:
             ValueError: if `x` is not [B, T, dim], or `state` is another layer's or batch's.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x of shape [B, T, {self.dim}], got {list(x.shape)}")
+        check_tokens(x, self.dim)
         dtype = self._dtype
         if state is None:
             state = self.initial_state(len(x))
