@@ -4,7 +4,8 @@ A string is pairs of key and value, a sign, and then keys alone; the answer at e
 was bound to last. The size of a problem is its number of pairs, of a haystack its number of symbols.
 
 Re-binding is the sharpest: a memory that only adds answers with a mixture of all that a key was ever bound to, one that
-erases before it writes with the last. With distinct keys nothing has to be erased, and attention is at its best.
+erases before it writes with the last. With distinct keys nothing has to be erased. In a haystack there is one value: to
+keep it is enough.
 """
 
 from collections.abc import Callable
