@@ -110,17 +110,22 @@ def test_recall_asks_for_what_a_key_was_bound_to_last(name):
     assert (overwritten > 0) == (name == "rebinding")
 
 
-def test_the_needle_is_there_once_and_asked_for_at_the_end():
-    problem, tokens, answers = drawn("needle", "1024", batch=50)
+@pytest.mark.parametrize(("name", "count"), [("needle", 1), ("needles", 4)])
+def test_each_needle_is_there_once_and_one_of_them_is_asked_for_at_the_end(name, count):
+    problem, tokens, answers = drawn(name, "1024", batch=200)
     sign = problem.vocab_size - 1
-    assert tokens.shape == (50, 1024)
-    places = []
+    assert tokens.shape == (200, 1024)
+    places, asked = [], []
     for string, expected in zip(tokens.tolist(), answers.tolist(), strict=True):
-        first, last = (t for t, symbol in enumerate(string) if symbol == sign)
-        assert last == 1022 and string[first + 1] == string[1023] and string[first + 2] == expected[1023]
+        *found, last = (t for t, symbol in enumerate(string) if symbol == sign)
+        pairs = {string[t + 1]: string[t + 2] for t in found}
+        assert last == 1022 and len(found) == len(pairs) == count and expected[1023] == pairs[string[1023]]
+        assert all(0 <= key < 16 <= value < 32 for key, value in pairs.items())
+        assert sum(symbol < 32 for symbol in string) == 2 * count + 1  # all else has no meaning
         assert sum(answer != IGNORE for answer in expected) == 1
-        places.append(first)
-    assert min(places) < 250 and max(places) > 750
+        places += found
+        asked.append(list(pairs).index(string[1023]))
+    assert min(places) < 20 and max(places) > 1000 and set(asked) == set(range(count))
 
 
 @pytest.mark.parametrize("since", [0, 1, 2])

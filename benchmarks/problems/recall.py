@@ -4,8 +4,8 @@ A string is pairs of key and value, a sign, and then keys alone; the answer at e
 was bound to last. The size of a problem is its number of pairs, of a haystack its number of symbols.
 
 Re-binding is the sharpest: a memory that only adds answers with a mixture of all that a key was ever bound to, one that
-erases before it writes with the last. With distinct keys nothing has to be erased. In a haystack there is one value: to
-keep it is enough.
+erases before it writes with the last. With distinct keys nothing has to be erased. In a haystack with one needle, to
+keep its value is enough; with several, their keys have to be told apart.
 """
 
 from collections.abc import Callable
@@ -54,18 +54,19 @@ class Recall:
         return tokens, torch.cat([nothing, bound.gather(1, query)], 1)
 
 
-class Needle:
-    """One pair, announced by a sign, somewhere among symbols without meaning; at the end the sign and the key again.
+class Needles:
+    """Pairs, each announced by a sign, among symbols without meaning; at the end the sign and one of the keys again.
 
     Args:
-        keys, values, fillers: how many symbols of each kind there are.
+        needles: how many pairs, of different keys, one in each of as many equal parts of the haystack.
         longest: haystack in training; tested up to eight times that.
+        keys, values, fillers: how many symbols of each kind there are.
     """
 
     whole = True
 
-    def __init__(self, keys: int = 16, values: int = 16, fillers: int = 31, longest: int = 512) -> None:
-        self.keys, self.values, self.fillers = keys, values, fillers
+    def __init__(self, needles: int, longest: int, keys: int = 16, values: int = 16, fillers: int = 31) -> None:
+        self.needles, self.keys, self.values, self.fillers = needles, keys, values, fillers
         self.vocab_size = keys + values + fillers + 1
         self.train = (longest // 8, longest)
         self.tests = {str(length): (length, length) for length in (longest // 2, *(longest * 2**i for i in range(4)))}
@@ -74,20 +75,23 @@ class Needle:
         length = int(torch.randint(low, high + 1, (), generator=rng))
         sign = self.keys + self.values + self.fillers
         tokens = self.keys + self.values + torch.randint(self.fillers, (batch, length), generator=rng)
-        key = torch.randint(self.keys, (batch,), generator=rng)
-        value = self.keys + torch.randint(self.values, (batch,), generator=rng)
-        place = torch.randint(length - 5, (batch,), generator=rng)
-        rows = torch.arange(batch)
-        tokens[rows, place], tokens[rows, place + 1], tokens[rows, place + 2] = sign, key, value
-        tokens[:, -2], tokens[:, -1] = sign, key
+        shape, part = (batch, self.needles), (length - 2) // self.needles
+        key = torch.rand(batch, self.keys, generator=rng).argsort(-1)[:, : self.needles]
+        value = self.keys + torch.randint(self.values, shape, generator=rng)
+        place = part * torch.arange(self.needles) + torch.randint(part - 2, shape, generator=rng)
+        tokens.scatter_(1, place, sign).scatter_(1, place + 1, key).scatter_(1, place + 2, value)
+        asked = torch.arange(batch), torch.randint(self.needles, (batch,), generator=rng)
+        tokens[:, -2], tokens[:, -1] = sign, key[asked]
         answers = torch.full_like(tokens, IGNORE)
-        answers[:, -1] = value
+        answers[:, -1] = value[asked]
         return tokens, answers
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "rebinding": lambda: Recall(keys=8, values=16, pairs=24, more=48, distinct=False),
     "mqar": lambda: Recall(keys=64, values=16, pairs=16, more=32, distinct=True),
-    "needle": Needle,
-    "short needle": lambda: Needle(longest=128),  # for a CPU
+    "needle": lambda: Needles(1, longest=512),
+    "needles": lambda: Needles(4, longest=512),
+    "short needle": lambda: Needles(1, longest=128),  # for a CPU
+    "short needles": lambda: Needles(4, longest=128),
 }
