@@ -95,9 +95,8 @@ def run(args: argparse.Namespace, results: Results, console: Console) -> None:
         scoring = {pair: [lesson(*pair, best[pair], seed) for seed in args.seeds] for pair in pairs}
         run_trials("score", chain.from_iterable(scoring.values()), results, meter, args.workers)
     for problem in args.problems:
-        problems[problem] = problems.get(problem, {}) | {
-            model: _summary(scoring[problem, model], results) for model in EVERY if model in args.models
-        }
+        rows = problems.get(problem, {}) | {model: _summary(scoring[problem, model], results) for model in args.models}
+        problems[problem] = {model: rows[model] for model in EVERY if model in rows}
 
 
 def _best(tuning: list[Lesson], results: Results) -> float:
