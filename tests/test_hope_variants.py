@@ -84,15 +84,23 @@ def test_keeping_loses_nothing_that_is_not_overwritten(layer, kept):
 
 
 @pytest.mark.parametrize(("layer", "most"), [(Approaching, 1.0), (SelfModifyingTitans, 2.0)])
-def test_a_write_without_reflections_replaces_at_most(layer, most):
-    """One key, of length 1, again and again: what it reads is brought to the value, or beyond it and back."""
-    layer = layer(4, 1, adapt=())
+def test_the_strongest_write_is_1_without_reflections_and_2_with(layer, most):
+    """One token, written into an empty memory, changes what is read at its key by b (v̂ − M₀ k)."""
+    torch.manual_seed(0)
+    layer = layer(4, 1, adapt=()).double()
+    changes = []
     with torch.no_grad():
-        layer.rates.bias.fill_(1e4)  # the strongest writes, and nothing is lost
-    key, value = torch.eye(4)[:1, None, None], torch.randn(1, 1, 1, 4)
-    one = torch.zeros(1, 1, 1, 1) + 1e4
-    *_, rate = layer._project((key, key, value, one, one), layer._initial())
-    torch.testing.assert_close(rate, torch.full((1, 1, 1), most))
+        layer.rates.weight.zero_()
+        for rate in (0.0, 1e4):  # σ of it is 1/2, and 1
+            layer.rates.bias[0] = rate
+            changes.append(layer(torch.ones(1, 1, 4).double())[1]["stack"]["change"])
+    half, full = changes
+    torch.testing.assert_close(full, 2 * half)
+    key = F.normalize(F.silu(layer.key(torch.ones(4).double()) * layer.conv[4:8, -1]), dim=0)
+    value = F.silu(layer.value(torch.ones(4).double()) * layer.conv[8:, -1])
+    initial = layer._initial()[0]
+    error = initial @ value / (1 + (initial @ value).square().sum()).sqrt() - initial @ key
+    torch.testing.assert_close(full[0, 0] @ key, most * error, rtol=1e-4, atol=1e-5)
 
 
 def test_without_levels_nothing_but_the_titans_learns_in_context():

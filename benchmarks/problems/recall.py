@@ -4,8 +4,8 @@ A string is pairs of key and value, a sign, and then keys alone; the answer at e
 was bound to last. The size of a problem is its number of pairs, of a haystack its number of symbols.
 
 Re-binding is the sharpest: a memory that only adds answers with a mixture of all that a key was ever bound to, one that
-erases before it writes with the last. With distinct keys nothing has to be erased. In a haystack with one needle, to
-keep its value is enough; with several, their keys have to be told apart.
+erases before it writes, or forgets, with the last. With distinct keys nothing has to be erased. In a haystack with one
+needle, to keep its value is enough; with several, their keys have to be told apart.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ class Needles:
     """Pairs, each announced by a sign, among symbols without meaning; at the end the sign and one of the keys again.
 
     Args:
-        needles: how many pairs, of different keys, one in each of as many equal parts of the haystack.
+        needles: how many pairs, of different keys, at equal distances.
         longest: haystack in training; tested up to eight times that.
         keys, values, fillers: how many symbols of each kind there are.
     """
@@ -68,22 +68,26 @@ class Needles:
     def __init__(self, needles: int, longest: int, keys: int = 16, values: int = 16, fillers: int = 31) -> None:
         self.needles, self.keys, self.values, self.fillers = needles, keys, values, fillers
         self.vocab_size = keys + values + fillers + 1
-        self.train = (longest // 8, longest)
+        self.train = (max(longest // 8, 8 * needles), longest)
         self.tests = {str(length): (length, length) for length in (longest // 2, *(longest * 2**i for i in range(4)))}
 
     def draw(self, rng: torch.Generator, batch: int, low: int, high: int) -> tuple[Tensor, Tensor]:
         length = int(torch.randint(low, high + 1, (), generator=rng))
         sign = self.keys + self.values + self.fillers
         tokens = self.keys + self.values + torch.randint(self.fillers, (batch, length), generator=rng)
-        shape, part = (batch, self.needles), (length - 2) // self.needles
-        key = torch.rand(batch, self.keys, generator=rng).argsort(-1)[:, : self.needles]
-        value = self.keys + torch.randint(self.values, shape, generator=rng)
-        place = part * torch.arange(self.needles) + torch.randint(part - 2, shape, generator=rng)
+        key = torch.randint(self.keys, (batch, 1), generator=rng)  # that is asked for
+        value = torch.randint(self.values, (batch, 1), generator=rng)
+        place = torch.randint(length - 5, (batch, 1), generator=rng)
+        others = (batch, self.needles - 1)
+        steps = torch.randint(1, self.keys // self.needles + 1, others, generator=rng).cumsum(1)
+        key = torch.cat([key, (key + steps) % self.keys], 1)  # [B, needles], no two alike
+        value = self.keys + torch.cat([value, torch.randint(self.values, others, generator=rng)], 1)
+        distance = (length - 5) // self.needles
+        place = (place + distance * torch.arange(self.needles)) % (length - 5)
         tokens.scatter_(1, place, sign).scatter_(1, place + 1, key).scatter_(1, place + 2, value)
-        asked = torch.arange(batch), torch.randint(self.needles, (batch,), generator=rng)
-        tokens[:, -2], tokens[:, -1] = sign, key[asked]
+        tokens[:, -2], tokens[:, -1] = sign, key[:, 0]
         answers = torch.full_like(tokens, IGNORE)
-        answers[:, -1] = value[asked]
+        answers[:, -1] = value[:, 0]
         return tokens, answers
 
 
