@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ class Arm:
         title: its name in tables and plots.
         build: from the model's parameter groups and a learning rate to torch optimizers.
         lowest_lr: the unit of its learning rates, by task; see optimizers.py.
-        package: what must be installed beyond torch.
         penalty: EWC's λ.
         replay: whether every step also sees a stored batch of an earlier task.
         against: the arm, beside AdamW, whose frontier it must beat to be more than a slower rate.
@@ -48,7 +46,6 @@ class Arm:
     title: str
     build: Callable[[Groups, float], list[Optimizer]]
     lowest_lr: Mapping[str, float]
-    package: str | None = None
     penalty: float = 0.0
     replay: bool = False
     against: str | None = None
@@ -72,7 +69,7 @@ def _paced(groups: Groups, lr: float, *, name: str, period: int = 1, slower: int
 
 def _from_table(name: str) -> Arm:
     entry = OPTIMIZERS[name]
-    return Arm(entry.title, partial(_tabled, name=name), entry.lowest_lr, entry.package)
+    return Arm(entry.title, partial(_tabled, name=name), entry.lowest_lr)
 
 
 _ADAMW, _MOMENTUM = OPTIMIZERS["adamw"].lowest_lr, OPTIMIZERS["momentum"].lowest_lr
@@ -97,7 +94,7 @@ ARMS = {name: _from_table(name) for name in OPTIMIZERS} | {
 
 def available() -> list[str]:
     """The arms whose package is installed."""
-    return [name for name, arm in ARMS.items() if arm.package is None or find_spec(arm.package)]
+    return [name for name in ARMS if name not in OPTIMIZERS or OPTIMIZERS[name].installed]
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def draw_language(document: Mapping[str, Any], path: Path) -> Path:
         axes[0].set(xlabel="steps", ylabel="nats per byte, in training")
         axes[1].set(xlabel="seconds of training")
         sizes = [row["parameters"] for row in rows]
-        axes[2].set(xlabel="parameters", title="held-out documents, seeds are dots")
-        axes[2].set(xlim=(0.8 * min(sizes), 1.2 * max(sizes)))  # sizes that are almost alike stand together
+        around = (0.8 * min(sizes), 1.2 * max(sizes))  # so that sizes that are almost alike stand together
+        axes[2].set(xlabel="parameters", title="held-out documents, seeds are dots", xlim=around)
         lowest = min(loss for row in rows for loss in row["loss"] if loss is not None)
         axes[0].set_ylim(lowest - 0.1, lowest + 1.5)
         figure.legend(loc="outside lower center", ncols=4)

@@ -30,7 +30,7 @@ class Language:
 
     Args:
         vocab_size: symbols, or answers if there are more of these.
-        sizes: what a length must be a multiple of.
+        multiple: what a length must be a multiple of.
         string: from a generator and a length to a string.
         lengths: of the tests, one each; without, those of training ("inside") and the longer ones ("outside").
     """
